@@ -1,0 +1,1417 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["matplotlib>=3.8", "requests>=2.31", "safetensors>=0.4.3", "tiktoken>=0.7", "torch>=2.11",
+#                 "tqdm>=4.66"]
+# ///
+# SPDX-License-Identifier: MIT
+# From "language models, one file each". Copy what you need; keep these two lines.
+"""
+GPT-2 IN ONE FILE                                python decoder_only.py             2 min on a laptop CPU
+
+Paper    Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2); the block is the decoder of
+         Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762, with the norms moved in front (pre-norm)
+Idea     Predict the next token, everywhere at once. A row of T tokens holds T exercises: from the first t tokens guess
+         token t+1. A mask that hides the future lets one forward pass do all T of them, and the same weights then
+         write text: guess, append the guess, guess again.
+Picture  ids (B,T) -> wte + wpe (B,T,C) -> n_layer x [x + attn(ln_1(x)); x + mlp(ln_2(x))] -> ln_f -> lm_head (B,T,V)
+Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H heads   D head size = C/H   V vocabulary
+         L layers   N new tokens   K beams   M candidates   R rows
+New here everything: this is the parent of the family. The other scripts are read as a difference from this one.
+Not here RoPE, RMSNorm, grouped queries (llama3.py), fast decoding rung by rung (kv_cache.py), alignment (dpo.py)
+Expect   not measured yet
+Asked    Why divide by sqrt(D)?   What does the mask cost?   Why is the head tied?   What does the KV cache save?
+         Why is the first loss about ln V?   Why not average the micro-batches' means?   What is top-p?   (grep "# Q:")
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+# --- 1. Config: every knob in one place ------------------------------------------------------------------------------
+# One flat record instead of nested ones or a YAML file: a field is a flag (--n-layer 6), its comment is the help text,
+# and the whole record travels in the checkpoint, so that a run can always say how it was made.
+@dataclass
+class Config:
+    """All settings. Raises ValueError for impossible values."""
+
+    data: str = "auto"                # auto | shakespeare | pydocs | numbers | path of a UTF-8 text file
+    tokenizer: str = "char"           # char: one id per character of the corpus | gpt2: byte-level BPE, 50,257 ids
+    out: str = "runs/decoder_only"    # folder for checkpoint, metrics, samples and pictures
+    seed: int = 1337                  # decides initial weights, batches and dropout
+    device: str = "auto"              # auto (cuda if present, else cpu) | cpu | cuda | mps
+    dtype: str = "auto"               # auto (float32; on cuda bfloat16 autocast) | float32 | bfloat16 | float64
+    compile: bool = False             # torch.compile the model: a minute of waiting, then faster steps
+
+    # Shape. The defaults are nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
+    block_size: int = 64              # longest context in tokens
+    n_layer: int = 4                  # blocks
+    n_head: int = 4                   # attention heads; each is n_embd / n_head wide
+    n_embd: int = 128                 # width of the residual stream
+    vocab_size: int = 0               # 0 takes the tokenizer's; more pads it (50304 = 393 x 128 suits GPUs)
+    dropout: float = 0.0              # share of activations zeroed in training; needed once epochs repeat
+    # GPT-2 writes 0.02 for every width, but a product x @ W keeps the size of x only at std = 1/sqrt(fan-in): 0.025 at
+    # the width 1600 of gpt2-xl, 0.088 at width 128. Small models start too quiet with 0.02 and lose the first steps.
+    init_std: float = 0.088           # std of the initial weights, about 1/sqrt(n_embd)
+
+    # Optimisation
+    max_steps: int = 2000             # optimizer steps
+    batch_size: int = 12              # rows per micro-step, over all ranks
+    grad_accum: int = 1               # micro-steps per optimizer step
+    lr: float = 3e-3                  # peak learning rate; small models take large ones (GPT-2 124M: 6e-4)
+    min_lr_ratio: float = 0.1         # the last learning rate as a share of the peak
+    warmup_steps: int = 100           # steps of linear warm-up
+    weight_decay: float = 0.1         # on matrices and embeddings only
+    beta2: float = 0.99               # memory of Adam's second moment: 0.99 looks back about 100 steps
+    grad_clip: float = 1.0            # largest gradient norm
+    eval_every: int = 250             # steps between passes over the whole validation split
+    save_every: int = 500             # steps between checkpoints
+    resume: bool = False              # continue the run in --out, bit for bit
+
+    # Decoding
+    load: str = ""                    # run folder, checkpoint, Hugging Face folder or repository ("gpt2") to start from
+    prompt: str = ""                  # text to continue; together with --load nothing is trained
+    max_new_tokens: int = 400         # tokens to write
+    temperature: float = 0.8          # 0 = always the likeliest token; 1 = the model's own distribution
+    top_k: int = 0                    # sample among the k likeliest only; 0 = all
+    top_p: float = 1.0                # sample among the likeliest that together have probability p
+    repetition_penalty: float = 1.0   # above 1: make tokens that were already there less likely
+    beams: int = 1                    # above 1: beam search, which ignores temperature, top-k and top-p
+    length_penalty: float = 1.0       # beam score = sum of log-probs / length ** this
+
+    def __post_init__(self):
+        # A bad value caught here costs a line; caught at step 500 it costs the run.
+        for names, ok, rule in (
+                ("block_size n_layer n_head n_embd max_steps batch_size grad_accum eval_every save_every "
+                 "max_new_tokens beams", lambda x: x >= 1, "at least 1"),
+                # `0 <= x < inf` and not `x < 0 or ...`: every comparison with nan is false, so nan fails as well
+                ("seed vocab_size warmup_steps weight_decay temperature top_k",
+                 lambda x: 0 <= x < math.inf, "0 or more"),
+                ("lr grad_clip init_std repetition_penalty", lambda x: 0 < x < math.inf, "above 0"),
+                ("length_penalty", math.isfinite, "a number"),
+                ("dropout beta2", lambda x: 0 <= x < 1, "in [0, 1)"),
+                ("min_lr_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
+                ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+                ("tokenizer", ("char", "gpt2").__contains__, "char or gpt2"),
+                ("device", ("auto", "cpu", "cuda", "mps").__contains__, "auto, cpu, cuda or mps"),
+                ("dtype", ("auto", "float32", "bfloat16", "float64").__contains__,
+                 "auto, float32, bfloat16 or float64")):
+            for name in names.split():
+                if not ok(getattr(self, name)):
+                    raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads")
+
+
+# The published sizes differ in depth and width alone. 12 x 40 rows of 1,024 tokens are about half a million tokens a
+# step; the other numbers are nanoGPT's reproduction of the 124M model (GPT-2's paper does not give its own).
+# beta2 is 0.95 there: over long runs a shorter memory recovers sooner from a bad batch.
+GPT2 = dict(tokenizer="gpt2", block_size=1024, init_std=0.02, batch_size=12, grad_accum=40, max_steps=600_000, lr=6e-4,
+            warmup_steps=2000, beta2=0.95, eval_every=2000, save_every=2000)
+PRESETS = {
+    "laptop": {},  # the defaults above
+    # Lines such as "17=seventeen": short rows, many per step, and a rate that falls to 0 because answers are exact.
+    "numbers": dict(data="numbers", n_layer=2, n_embd=64, init_std=0.125, block_size=17, batch_size=128, max_steps=900,
+                    lr=3e-3, min_lr_ratio=0.0, beta2=0.98, weight_decay=0.01, eval_every=150, temperature=0.0),
+    # nanoGPT's GPU run: 10.7 million parameters on 1 MB of text. It sees each character 80 times: hence the dropout.
+    "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, init_std=0.05, block_size=256,
+                        batch_size=64, dropout=0.2, max_steps=5000, lr=1e-3),
+    "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+def parse_config(cls, presets, argv=None):
+    """Command line -> cls. Every field is a flag (--n-layer 6, --no-compile); explicit flags win over --preset NAME.
+
+    A wrong flag or an impossible value ends the program with one line `error: ...` and exit status 1.
+    """
+    # The help texts are read from the source: a comment and a help string that say the same would drift apart.
+    notes = dict(re.findall(r"^ {4}(\w+): \w+ = .*?# (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # argparse would print its whole usage above the message, and the one line that matters would scroll away.
+    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="a set of defaults")
+    for field in dataclasses.fields(cls):
+        # Trap: type=bool makes "--resume False" true, because bool("False") is True. Booleans get --x and --no-x.
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        # SUPPRESS leaves flags that were not given out of the result; what is left is what the user really said.
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    try:
+        return cls(**{**presets[given.pop("preset")], **given})
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")
+
+
+# --- 2. Model: from one attention head up to GPT ---------------------------------------------------------------------
+# Everything below reads from and adds to one tensor, the residual stream x (B, T, C): C numbers per token, which start
+# as "what am I, where do I stand" and end as "what comes next".
+#
+#     ids --wte+wpe--> x ---+------------------> + ---+-----------------> + --> ... --> ln_f --lm_head--> logits
+#                           |                    ^    |                   ^
+#                           +-> ln_1 -> attn ----+    +-> ln_2 -> mlp ----+        (one of L blocks)
+#                               tokens talk               each token thinks
+def causal_mask(T, S, device=None):
+    """(T, S) bool, True = may attend: query t is the (S-T+t)-th token and sees keys 0 .. S-T+t.
+
+    With a cache there are more keys (S) than queries (T), and the triangle is aligned at the bottom right:
+    T=2, S=4 gives [[1,1,1,0],[1,1,1,1]].
+    """
+    # Trap: aligning at the top left (what is_causal=True does when T < S) lets the last query see one key only.
+    # Symptom: the text is fine without a cache and falls apart with chunked prefill.
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)       # (T, S)
+
+
+def attention(q, k, v, mask):
+    """Scaled dot-product attention, written out: softmax(q k^T / sqrt(D)) v   (Vaswani et al. 2017, eq. 1).
+
+    q (B, H, T, D), k and v (B, H, S, D), mask bool, broadcastable to (B, H, T, S), True = may attend -> (B, H, T, D).
+    A row that may attend to nothing (padding) gives zeros. This is the definition; the model below calls the fused
+    F.scaled_dot_product_attention, which gives the same numbers and never stores the T x S matrix.
+    """
+    # Q: Why divide by sqrt(D)?
+    # A: q.k adds up D products of unit-variance numbers: variance D, so at D=64 scores of +-24 are only 3 sigma away.
+    #    Softmax of those is a hard maximum whose gradient p(1-p) vanishes. The division brings the variance back to 1.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, S)
+    # exp(-inf) = 0: a hidden key gets no weight, and the visible ones still sum to 1.
+    # Trap: multiplying the *probabilities* by the mask instead. Rows then sum to less than 1, and the future still acts
+    # through the denominator.
+    scores = scores.masked_fill(~mask, -math.inf)                              # (B, H, T, S)
+    # A row that is -inf everywhere becomes 0/0 = NaN, and one NaN reaches every row in the next layer. The second fill
+    # sets such rows to zero and changes nothing elsewhere, because hidden weights are 0 already.
+    weights = scores.softmax(-1).masked_fill(~mask, 0.0)                       # (B, H, T, S)
+    # Q: What does the mask cost?
+    # A: Half of the work: T x S scores are computed and those above the diagonal thrown away. Flash attention skips
+    #    whole tiles of them (flash_attention.py); here, with T = 64, nobody would notice.
+    return weights @ v                                                         # (B, H, T, D)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for all layers, in buffers that are allocated once.
+
+    keys, values (L, B, H, max_len, D); mask (B, max_len) bool, True = real token; length = P, the columns in use.
+    """
+
+    # Q: What does the KV cache save, and what does it cost?
+    # A: Without it, token n+1 recomputes all n tokens before it: n^2 work for n tokens. The past's keys and values
+    #    never change (nothing looks ahead), so they can be kept: 2 * L * C numbers a token, 18,432 for GPT-2 124M, that
+    #    is 36 KiB in bf16: 36 MiB for a full context of 1,024 tokens, per row of the batch.
+    def __init__(self, cfg, rows, max_len, like):
+        shape = (cfg.n_layer, rows, cfg.n_head, max_len, cfg.n_embd // cfg.n_head)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.mask = torch.ones(rows, max_len, dtype=torch.bool, device=like.device)
+        self.length, self.padded = 0, False
+
+    def update(self, layer, k, v):
+        """Write k, v (B, H, T, D) behind the past of one layer. -> all keys and values so far, (B, H, S, D) each."""
+        # Into place, not torch.cat: appending by copying moves the whole past for every new token.
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, S, D)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token asks (q) all tokens up to itself (k) and takes a weighted mean of what they carry (v).
+
+    H heads do this side by side on D = C/H numbers each: one may look at the previous character while another looks
+    for the speaker's name. One wide head could only take one weighted mean per token.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # q, k and v in one product: one large matmul beats three
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)      # mixes the heads, which until here know nothing of another
+
+    def forward(self, x, mask=None, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C). mask bool (.., T, S), or None: causal when T = S, everything when T = 1."""
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        # Split C into heads, then put the head axis before time: matmul works on the last two axes, so each
+        # (batch, head) pair becomes its own T x D problem.
+        # Trap: view(B, H, T, D) has the right shape and the wrong numbers: it cuts along time, not along heads.
+        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                   # (B, H, S, D) each
+        # attention(q, k, v, mask) in one fused call. It works in tiles and keeps no T x S matrix, which at T = 1024
+        # is 12 heads x 1 M scores = 48 MiB per row and layer in float32, written and read several times.
+        # On CPU, dropout inside attention has no fused kernel: PyTorch then takes the plain form, silently and slower.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)                                 # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)          # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two thirds of a block's weights, applied to each token alone: attention fetches facts, this draws conclusions.
+
+    mlp(x) = c_proj(GELU(c_fc(x))): 4*C detectors, each of which adds its own direction to the stream when it fires.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)    # 4 x is the 2017 paper's choice (512 -> 2048), kept since
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        # GELU(x) = x * P(N(0,1) < x): a ReLU without the corner (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+        # Trap: GPT-2 was trained with the tanh approximation; PyTorch's default is the exact erf form. They differ by
+        # up to 5e-4 per activation: enough that loaded weights no longer agree with the published model in digit 3.
+        x = F.gelu(self.c_fc(x), approximate="tanh")                           # (B, T, 4*C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)          # (B, T, C)
+
+
+class Block(nn.Module):
+    """Read from the residual stream, add to it: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    # Q: Why is the norm inside the branch (pre-norm) and not behind the sum, as in the 2017 paper and BERT?
+    # A: x passes through plain additions from the head down to the embedding, so its gradient arrives whole at any
+    #    depth. Post-norm rescales it once per layer and needs a long warm-up to train at all
+    #    (Xiong et al. 2020, arXiv 2002.04745).
+    def __init__(self, cfg):
+        super().__init__()
+        # LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias, over the C numbers of one token
+        # (Ba et al. 2016, arXiv 1607.06450). var divides by C, not C-1, and 1e-5 stands inside the root.
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = CausalSelfAttention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, mask=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)                    # (B, T, C)
+        return x + self.mlp(self.ln_2(x))                                      # (B, T, C)
+
+
+class GPT(nn.Module):
+    """GPT-2. model(ids, mask=None, cache=None) -> logits (B, T, V). Module names are those of the published weights.
+
+    Parameters: V*C + block_size*C + L * (12*C*C + 13*C) + 2*C. At GPT-2's size: 38.6 + 0.8 + 85.1 = 124.4 million.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(cfg.vocab_size, cfg.n_embd),    # what the token is
+            wpe=nn.Embedding(cfg.block_size, cfg.n_embd),    # where it stands: attention alone is blind to order
+            h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
+            ln_f=nn.LayerNorm(cfg.n_embd)))
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        # Q: Why is the head tied to the token embedding?
+        # A: Both say what a token means, one on the way in, one on the way out. Tying saves V*C numbers, 38.6 of 163
+        #    million at GPT-2's size, and a rare token's row learns from every prediction instead of its own few uses
+        #    (Press & Wolf 2017, arXiv 1608.05859).
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # Each block adds two branches to the stream: 2L sums, whose variance would grow 2L times. Shrinking
+                # the last matrix of each branch by sqrt(2L) keeps it (GPT-2 paper, section 2.3).
+                shrink = math.sqrt(2 * cfg.n_layer) if name.endswith("c_proj") else 1.0
+                nn.init.normal_(module.weight, std=cfg.init_std / shrink)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, ids, mask=None, cache=None):
+        """The stream behind the last norm, (B, T, C). Raises ValueError when the context is longer than block_size.
+
+        mask (B, T) bool: which of these ids are real tokens; pads may stand on the left or on the right. cache holds
+        the P tokens before and takes in these T, so that a prompt may come in pieces (chunked prefill).
+        """
+        T = ids.size(1)
+        P = cache.length if cache is not None else 0
+        S = P + T
+        if S > self.cfg.block_size:
+            raise ValueError(f"{S} tokens, but this model has only {self.cfg.block_size} positions (block_size)")
+        keep = mask
+        if cache is not None:
+            if mask is not None:
+                cache.mask[:, P:S], cache.padded = mask, True
+            keep = cache.mask[:, :S] if cache.padded else None
+        positions = torch.arange(P, S, device=ids.device)                      # (T)
+        allowed = None  # the two common cases, training and decoding one token, need no mask tensor: the kernel knows
+        if keep is not None:
+            # A row's first real token has position 0 wherever it stands: count the real ones. Without this a prompt
+            # gives another answer when a longer neighbour pads it. Pads get position 0, and nobody looks at them.
+            positions = (keep.cumsum(1) - 1).clamp(min=0)[:, P:]               # (B, T)
+            allowed = causal_mask(T, S, ids.device) & keep[:, None, None, :]   # (B, 1, T, S)
+        elif P > 0 and T > 1:
+            allowed = causal_mask(T, S, ids.device)                            # (T, S)
+        x = self.transformer.wte(ids) + self.transformer.wpe(positions)        # (B, T, C)
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, allowed, cache, layer)                                # (B, T, C)
+        if cache is not None:
+            cache.length = S
+        # Pre-norm leaves the sum of all branches unnormalised; without ln_f its size, which grows with depth, would
+        # act as a temperature on the logits.
+        return self.transformer.ln_f(x)                                        # (B, T, C)
+
+    def forward(self, ids, mask=None, cache=None):
+        """ids (B, T) int64, mask (B, T) bool True = real token or None -> logits (B, T, V): row t scores token t+1."""
+        return self.lm_head(self.hidden(ids, mask, cache))                     # (B, T, V)
+
+
+def build_model(cfg):
+    """A fresh model; its weights are a function of cfg.seed alone."""
+    torch.manual_seed(cfg.seed)
+    return GPT(cfg)
+
+
+# --- 3. Objective: the next token, T times per row -------------------------------------------------------------------
+#     inputs    F  i  r  s  t     row t of the logits has seen inputs 0..t and is scored on targets[t].
+#     targets   i  r  s  t  _     One shift, made once, in section 4. Trap: shifting in the data AND in the loss trains
+#                                 the token after the next; the loss falls all the same, and the text is gibberish.
+IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
+
+
+def compute_loss(model, batch, cfg):
+    """batch = (inputs (B, T), targets (B, T), the same row one token later) -> (sum of losses in nats, how many, {}).
+
+    loss of a token = -ln p(target): 0 when the model was certain, ln V when it had no idea. A sum and not a mean:
+    train() adds up micro-steps and ranks and divides once, by the number of tokens that counted.
+    """
+    inputs, targets = batch
+    logits = model(inputs)                                                     # (B, T, V)
+    # Q: Why is the first loss about ln V?
+    # A: An untrained model gives each of V tokens about 1/V, and -ln(1/V) = ln V: 4.17 for 65 characters. Logits of
+    #    variance s^2 add s^2/2 to it. Here s^2 = C * init_std^2 = 1 (the head is tied, its input has norm sqrt(C)), so
+    #    the first loss is near 4.67; with GPT-2's 0.02 at width 768 s^2 is 0.3. Far more: the logits start too large.
+    # Under bfloat16 autocast PyTorch runs this one function in float32: a sum of 50,257 exponentials needs the digits.
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss_sum, (targets != IGNORE).sum(), {}
+
+
+# --- 4. Data: text or toy language -> rows of ids --------------------------------------------------------------------
+# Every data set ends up as one thing: a tuple of tensors (inputs, targets) whose first axis is the row. A batch is then
+# one gather, whatever the rows hold, and nothing below this section knows where they came from.
+SHAKESPEARE = ("tinyshakespeare.txt",
+               "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def sha256_of(path):
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(filename, url, sha256=""):
+    """-> Path of a file from $LLM_DATA, ./data, or else downloaded to ./data. Raises OSError when it cannot be had.
+
+    A broken download continues where it stopped; only a complete file with the right SHA-256 gets the final name.
+    """
+    import requests
+    for folder in (os.environ.get("LLM_DATA"), "data"):
+        path = Path(folder or "data") / filename
+        if path.is_file():
+            if sha256 and sha256_of(path) != sha256:
+                raise OSError(f"{path} is not the expected file (SHA-256 differs); delete it to fetch it again")
+            return path
+    # path is now ./data/filename. Bytes arrive under another name, so a half file is never taken for a whole one.
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    # Two timeouts: 3 s to get a connection (an offline laptop should not hang), 30 s between two pieces of data.
+    with requests.get(url, stream=True, timeout=(3, 30), headers={"Range": f"bytes={have}-"} if have else {}) as answer:
+        if answer.status_code != 416:  # 416: nothing lies behind what we have, so we have it all
+            answer.raise_for_status()
+            have = have if answer.status_code == 206 else 0  # 200: the server ignored the range and sends everything
+            size = have + int(answer.headers.get("Content-Length", 0))
+            with (open(part, "ab" if have else "wb") as file,
+                  tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=filename) as bar):
+                for piece in answer.iter_content(1 << 16):
+                    bar.update(file.write(piece))
+    if sha256 and sha256_of(part) != sha256:
+        part.unlink()
+        raise OSError(f"{url}: the download is damaged (SHA-256 differs); it was removed")
+    os.replace(part, path)
+    return path
+
+
+def load_text(name):
+    """-> (text, its real name, one line about it). name: auto, shakespeare, pydocs, or a path of a UTF-8 file.
+
+    auto = Tiny Shakespeare if it is there or can be fetched, else pydocs: the help texts that ship with every Python,
+    real English that needs no network. A set named outright that cannot be had ends the program with one line.
+    """
+    if name in ("auto", "shakespeare"):
+        try:
+            path = fetch(*SHAKESPEARE)
+            return path.read_text(encoding="utf-8"), "shakespeare", f"Tiny Shakespeare ({path})"
+        except OSError as problem:  # requests' own exceptions are OSErrors too
+            if name == "shakespeare":
+                sys.exit(f"error: --data shakespeare: {problem}")
+            print("Tiny Shakespeare is not here and cannot be fetched: taking the Python docs instead")
+    if name in ("auto", "pydocs"):
+        from pydoc_data.topics import topics
+        return "\n\n".join(topics[key] for key in sorted(topics)), "pydocs", "Python's own help texts (pydoc_data)"
+    try:
+        return Path(name).read_text(encoding="utf-8"), name, f"the file {name}"
+    except (OSError, UnicodeDecodeError) as problem:
+        sys.exit(f"error: --data {name}: no such set, and no readable UTF-8 file ({problem})")
+
+
+# The toy language of all scripts: numbers and their English names. 40215 <-> forty thousand two hundred fifteen.
+# Small enough to learn in half a minute, and every answer can be checked: a model that is wrong is visibly wrong.
+UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+         "seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+# Digits and words have ids of their own: "5" and "five" must be *learned* to mean the same. Index = id, <pad> = 0.
+TOY_VOCAB = ["<pad>", "\n", "=", "[CLS]", "[SEP]", "[MASK]", *"0123456789", *UNITS, *TENS, "hundred", "thousand"]
+
+
+def number_to_words(n):
+    """0 <= n <= 999,999 -> its English name without "and" or hyphens: 40215 -> forty thousand two hundred fifteen."""
+    for size, name in ((1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            rest = " " + number_to_words(n % size) if n % size else ""
+            return f"{number_to_words(n // size)} {name}{rest}"
+    if n < 20:
+        return UNITS[n]
+    return TENS[n // 10 - 2] + (" " + UNITS[n % 10] if n % 10 else "")
+
+
+def is_validation(n):
+    """One number in ten is held out, by hash: the same in every script and run, and none is ever in both splits."""
+    # 0 always trains: "zero" is the name of nothing else, so nothing else could teach it.
+    return n != 0 and int(hashlib.sha256(str(n).encode()).hexdigest(), 16) % 10 == 0
+
+
+def draw_numbers(count, seed, validation):
+    """-> list of numbers from one split, with repeats; each length of 1 to 6 digits is equally likely."""
+    # Trap: drawing n uniformly from 0..999,999 makes nine in ten six digits long; short numbers are then never learned.
+    rng, numbers = random.Random(seed), []
+    while len(numbers) < count:
+        digits = rng.randint(1, 6)
+        n = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
+        if is_validation(n) == validation:
+            numbers.append(n)
+    return numbers
+
+
+# Three tokenizers, one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
+# travels in the checkpoint, since weights without their tokenizer are numbers about unknown symbols.
+class CharTokenizer:
+    """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
+
+    eos_ids = ()  # running text never ends
+
+    def __init__(self, chars):
+        self.spec, self.n_vocab = {"kind": "char", "chars": chars}, len(chars)
+        self.chars, self.ids = chars, {c: i for i, c in enumerate(chars)}
+
+    def encode(self, text):
+        unknown = sorted(set(text) - set(self.chars))
+        if unknown:
+            raise ValueError(f"the corpus has no {' '.join(map(repr, unknown[:5]))}: this model cannot read that")
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids if i < self.n_vocab)  # a padded vocabulary has ids without character
+
+
+class ToyTokenizer:
+    """The toy language: one id per digit and one per word (TOY_VOCAB)."""
+
+    spec, n_vocab, eos_ids = {"kind": "numbers"}, len(TOY_VOCAB), (TOY_VOCAB.index("\n"),)
+
+    def encode(self, text):
+        pieces = re.findall(r"\d|\n|=|[^\s\d=]+", text)
+        unknown = [piece for piece in pieces if piece not in TOY_VOCAB]
+        if unknown:
+            raise ValueError(f"the toy language has no {unknown[0]!r}")
+        return [TOY_VOCAB.index(piece) for piece in pieces]
+
+    def decode(self, ids):
+        text = " ".join(TOY_VOCAB[i] for i in ids if 0 < i < self.n_vocab)  # spaces between words, not between digits
+        return re.sub(r"(?<=\d) (?=\d)| ?([=\n]) ?", lambda found: found[1] or "", text)
+
+
+class BPETokenizer:
+    """Byte-level BPE through tiktoken (bpe_tokenizer.py builds one from scratch). About 3.5 characters per token."""
+
+    def __init__(self, encoding):
+        self.encoding, self.n_vocab = encoding, encoding.n_vocab
+        self.spec, self.eos_ids = {"kind": encoding.name}, (encoding.eot_token,)
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)  # "<|endoftext|>" typed by a user is text here, not a command
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i < self.n_vocab])
+
+
+def make_tokenizer(spec):
+    """The tokenizer that a spec describes: {"kind": "char", "chars": ...}, {"kind": "numbers"} or {"kind": "gpt2"}."""
+    if spec["kind"] == "char":
+        return CharTokenizer(spec["chars"])
+    if spec["kind"] == "numbers":
+        return ToyTokenizer()
+    import tiktoken
+    try:
+        return BPETokenizer(tiktoken.get_encoding(spec["kind"]))
+    except (OSError, ValueError) as problem:
+        sys.exit(f"error: the {spec['kind']} vocabulary is neither in $TIKTOKEN_CACHE_DIR nor to be fetched: {problem}")
+
+
+def text_rows(ids, block_size, stride):
+    """ids (n,) -> (inputs, targets), each (rows, T): windows of one text that start every `stride` tokens.
+
+    stride 1 to train: any start is a row. stride T to validate: windows that touch but do not overlap, so that every
+    token behind the first is predicted exactly once (but for a tail shorter than T).
+    """
+    # unfold makes a view: a million windows that overlap share one text in memory instead of holding 64 copies of it.
+    return ids[:-1].unfold(0, block_size, stride), ids[1:].unfold(0, block_size, stride)
+
+
+def number_rows(numbers, tokenizer):
+    """Lines "40215=forty thousand two hundred fifteen\\n" -> (inputs, targets), each (rows, 16), padded on the right.
+
+    Only the words and the newline are targets. The digits are drawn at random, so no model can guess them, and a loss
+    that contains them stops at their entropy, about 0.8 nats a token. Without them a perfect model reaches 0.
+    """
+    lines = [tokenizer.encode(f"{n}={number_to_words(n)}\n") for n in numbers]
+    ids = torch.tensor([line + [0] * (17 - len(line)) for line in lines])      # (R, 17)
+    targets = ids[:, 1:].clone()                                               # (R, 16)
+    # The newline stands right behind the row's own last word: it is how the model learns to stop.
+    # Trap: putting it behind the padding instead; it is then predicted from a pad, and generation never ends.
+    after_equals = (ids == TOY_VOCAB.index("=")).cumsum(1)[:, :-1].bool()      # (R, 16)
+    targets[~after_equals | (targets == 0)] = IGNORE
+    # No padding mask is needed: pads stand on the right, and a causal model never looks right.
+    return ids[:, :-1], targets
+
+
+def make_data(cfg, tokenizer=None):
+    """-> (train rows, validation rows, tokenizer, info). tokenizer: keep this one (fine-tuning); None: make cfg's.
+
+    info: name and sha256 for the checkpoint and, for text, bytes per token of the validation split.
+    """
+    if cfg.data == "numbers":
+        tokenizer = tokenizer or ToyTokenizer()
+        train, val = draw_numbers(60_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
+        if cfg.block_size < 16 or tokenizer.spec != ToyTokenizer.spec:
+            sys.exit("error: --data numbers needs --block-size 16 or more, and with --load a model of the toy language")
+        print(f"data: the toy language, {len(train):,} lines to train, {len(val):,} other numbers to validate")
+        info = {"name": "numbers", "sha256": hashlib.sha256(str((train, val)).encode()).hexdigest()}
+        return number_rows(train, tokenizer), number_rows(val, tokenizer), tokenizer, info
+    text, name, about = load_text(cfg.data)
+    # The last tenth is held out in one piece. Random windows would not do: neighbours share all but one token.
+    cut = int(0.9 * len(text))
+    if tokenizer is None:
+        tokenizer = make_tokenizer({"kind": cfg.tokenizer, "chars": "".join(sorted(set(text)))})
+    try:
+        train, val = (torch.tensor(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
+    except ValueError as problem:
+        sys.exit(f"error: --data {cfg.data}: {problem}")
+    if min(len(train), len(val)) <= cfg.block_size:  # zero rows would be a mean over nothing: nan, much later
+        sys.exit(f"error: --data {cfg.data}: too short; the held-out tenth has {len(val)} tokens and one row needs "
+                 f"{cfg.block_size + 1} (a smaller --block-size helps)")
+    print(f"data: {about}, {len(text):,} characters -> {len(train):,} + {len(val):,} tokens of "
+          f"{tokenizer.n_vocab:,} kinds")
+    info = {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "bytes_per_token": len(text[cut:].encode()) / len(val)}
+    return text_rows(train, cfg.block_size, 1), text_rows(val, cfg.block_size, cfg.block_size), tokenizer, info
+
+
+def seeded(seed, step):
+    """A random generator that is a function of (seed, step) alone."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def get_batch(data, rows, seed, step):
+    """-> the global batch of one step, a tuple of (rows, ...) tensors: a pure function of (seed, step).
+
+    There is no iterator whose position would have to be saved: step 1,234 draws the same rows in a fresh run, after a
+    resume, and on each of eight GPUs.
+    """
+    index = torch.randint(len(data[0]), (rows,), generator=seeded(seed, step))
+    return tuple(part[index] for part in data)  # one gather per tensor, no Python loop over rows
+
+
+def prepare(batch, generator):
+    """What an objective does to a batch before it is dealt out to ranks. A decoder's rows are finished: nothing to do.
+
+    An encoder hides tokens here, with the generator that it is handed, so that all ranks see the same noise.
+    """
+    return batch
+
+
+# --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
+# One optimizer step:
+#     global batch (batch_size * grad_accum rows, a function of seed and step)
+#       -> grad_accum micro-steps, each dealt out over the ranks      activations of one micro-step are alive at a time
+#       -> sum of token losses, backward() adds up gradients          divide by the number of tokens, once
+#       -> clip the norm, AdamW update
+# Nothing random is kept between steps. Batches, dropout and noise are functions of (seed, step), so weights + optimizer
+# + step number are the whole state of a run, and a resumed run equals one that was never stopped, to the last bit.
+def ranks():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def setup(cfg):
+    """-> the device of this process. Joins the process group under torchrun, where only rank 0 goes on printing."""
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        sys.exit(f"error: --device {kind}: PyTorch sees no such device here")
+    if kind == "mps":
+        print("warning: mps has trained wrongly in silence before; compare the first losses with --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it: 10 mantissa bits, several times faster
+    if "RANK" not in os.environ:
+        return torch.device(kind)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+
+
+def lr_at(step, cfg):
+    """Learning rate of the update number `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio."""
+    # Adam's first steps rest on very few gradients: warm-up keeps them small until its averages mean something.
+    # step + 1: update 0 already moves. Trap: step / warmup_steps makes the first update a no-op.
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    # Late in training the noise of single batches dominates, and a small rate averages over it: most of the last
+    # 0.1 nats come from the descent. The last update runs exactly at lr * min_lr_ratio.
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - 1 - cfg.warmup_steps))
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model, cfg):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the parameters that ask for gradients.
+
+    m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    # Decay pulls weights towards 0. That suits matrices, whose scale is free; a norm's gain belongs near 1 and a bias
+    # has nothing to shrink. Both are vectors: the number of axes tells them apart.
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    # fused: one kernel for the whole update instead of a dozen small operations per parameter, on CPU as well.
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=fused)
+
+
+@torch.no_grad()
+def evaluate(model, data, cfg, loss_fn):
+    """-> {"val_loss": nats per counted token over the WHOLE split}. Draws nothing from the training's randomness."""
+    # Trap: estimating on 20 random batches, as often seen: the figure jumps by 0.02, and the lowest of many such looks
+    # is a lucky one. Trap: taking the batches from the training generator: looking more often changes the training.
+    rank, world = ranks()
+    device = next(model.parameters()).device
+    model.eval()  # dropout off
+    totals = torch.zeros(2, device=device)
+    for start in range(rank * cfg.batch_size, len(data[0]), world * cfg.batch_size):
+        batch = prepare(tuple(part[start:start + cfg.batch_size] for part in data), seeded(0, start))
+        loss_sum, count, _ = loss_fn(model, tuple(part.to(device) for part in batch), cfg)
+        totals += torch.stack((loss_sum, count))                               # (2)
+    if world > 1:
+        dist.all_reduce(totals)
+    return {"val_loss": (totals[0] / totals[1]).item()}
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, then rename: `path` holds old or new bytes, never half.
+
+    A rename inside one folder is one operation for the file system; fsync first makes sure the bytes are on the disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, optimizer, step, cfg, extra):
+    """Everything that decides how training goes on. extra: plain data kept with it (tokenizer, data hash, metrics)."""
+    # `model` is the plain module, never the wrapper of DDP or torch.compile: their prefixes ("module.", "_orig_mod.")
+    # would end up in the names, and the file would load nowhere else.
+    state = {"script": Path(__file__).stem, "step": step, "config": dataclasses.asdict(cfg), "extra": extra,
+             "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_checkpoint(path):
+    """-> the dict that save_checkpoint wrote. A missing, damaged or foreign file ends the program and is named."""
+    try:
+        # torch.load reads flipped bits in a weight without complaint. Its file is a zip archive, and zip keeps a CRC-32
+        # of every member: testzip() compares them all and returns the name of the first bad one.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("checksum differs")
+        # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"error: there is no checkpoint {path}")
+    except Exception as problem:  # zip, pickle and torch each have their own kinds; all of them mean the same here
+        sys.exit(f"error: {path} is damaged or not a checkpoint ({' '.join(str(problem).split())[:200]})")
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        sys.exit(f"error: {path} was not written by {Path(__file__).name}")
+    return state
+
+
+def load_checkpoint(path, model, optimizer, cfg):
+    """Fill model and optimizer (None: the model alone) from a file. -> (step, extra). Wrong shapes are named."""
+    state = read_checkpoint(path)
+    try:
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as problem:
+        sys.exit(f"error: {path} does not fit this model: {' '.join(str(problem).split())}")
+    return state["step"], state["extra"]
+
+
+def recorded_config(cfg, recorded, free):
+    """cfg with all but the `free` fields as recorded (a dict). A field that was set to something else is refused."""
+    for field in dataclasses.fields(cfg):
+        mine = getattr(cfg, field.name)
+        if field.name not in free and mine not in (field.default, recorded[field.name]):
+            sys.exit(f"error: the checkpoint was made with {field.name} = {recorded[field.name]!r}, not {mine!r}; "
+                     f"leave the flag away, or start anew")
+    return dataclasses.replace(cfg, **{name: value for name, value in recorded.items() if name not in free})
+
+
+def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None):
+    """Train for cfg.max_steps optimizer steps. -> {"val_loss", "history", "seconds", "tokens_per_second"}.
+
+    extra goes into the checkpoint; after_step(step) is called behind every step. Ctrl-C finishes the step, saves, and
+    exits with 130. A loss that is not finite ends the run, names the step, and leaves the last good checkpoint alone.
+    """
+    rank, world = ranks()
+    device = next(model.parameters()).device
+    if cfg.batch_size % world:
+        sys.exit(f"error: --batch-size {cfg.batch_size} cannot be dealt out to {world} processes")
+    path, extra, share = Path(cfg.out) / "ckpt.pt", extra or {}, cfg.batch_size // world
+    optimizer = make_optimizer(model, cfg)
+    params = [p for p in model.parameters() if p.requires_grad]
+    step, history = 0, []
+    if cfg.resume:
+        step, extra = load_checkpoint(path, model, optimizer, cfg)
+        history = extra["history"]
+    net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
+    if cfg.compile:
+        if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            net = torch.compile(net)
+        else:
+            print("--compile: no C++ compiler found; going on without")
+    if world > 1:  # DDP averages gradients over the ranks while backward() is still running
+        net = nn.parallel.DistributedDataParallel(net)
+    amp = torch.autocast(device.type, torch.bfloat16,
+                         enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"))
+    stop, on_main = [], threading.current_thread() is threading.main_thread()  # only the main thread gets signals
+    if on_main:
+        # The first Ctrl-C asks politely. It also puts Python's own handler back: a second one ends the program at once.
+        default = signal.default_int_handler
+        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, default)))
+    before = history[-1] if history else {"seconds": 0.0, "tokens": 0}
+    began, busy, tokens, recent = time.perf_counter(), 0.0, 0, []
+    bar = tqdm(total=cfg.max_steps, initial=step, disable=None if rank == 0 else True, desc="train", mininterval=0.5)
+
+    while step < cfg.max_steps:
+        clock = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        # Dropout draws from the global generator. Seeding that per step (and rank: other rows, other noise) makes
+        # dropout a function of the step as well.
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+        batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
+        batch = prepare(batch, seeded(cfg.seed + 1, step))
+        net.train()  # evaluate() and generate() switch to eval mode
+        totals = torch.zeros(2, device=device)
+        for micro in range(cfg.grad_accum):
+            first = micro * cfg.batch_size + rank * share  # this rank's rows of this micro-step
+            part = tuple(t[first:first + share].to(device, non_blocking=True) for t in batch)
+            # Ranks need each other's gradients once per step, behind the last micro-step, not behind each.
+            last = micro == cfg.grad_accum - 1
+            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
+                with amp:
+                    loss_sum, count, _ = loss_fn(net, part, cfg)
+                loss_sum.backward()
+            totals += torch.stack((loss_sum.detach(), count))                  # (2)
+        if world > 1:
+            dist.all_reduce(totals)
+        # Q: Why not average the micro-batches' mean losses?
+        # A: With padding they count different numbers of tokens, and a mean of means weighs the tokens of short ones
+        #    more. Here each backward() added a SUM of token losses into .grad; one division by the tokens of the whole
+        #    step gives the gradient of the mean over all of them, however they were split. (x world: DDP has divided
+        #    by the number of ranks.)
+        for p in params:
+            if p.grad is not None:
+                p.grad.mul_(world / totals[1])
+        # One bad batch may turn the step but not make it long: g *= min(1, grad_clip / |g|), over all weights together.
+        norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # None and not zeros: saves two passes over memory
+        step, tokens = step + 1, tokens + batch[0].numel()
+        recent.append(torch.stack((totals[0], totals[1], norm)))               # (3)
+        bar.update()
+
+        # Reading a number means waiting until the GPU has computed it: we look every 10 steps, not at each.
+        final, seen = step == cfg.max_steps, step % cfg.eval_every == 0 or step == cfg.max_steps
+        look = step % 10 == 0 or step == 1 or seen or step % cfg.save_every == 0
+        done = bool(stop)
+        if world > 1:  # ranks must leave the loop behind the same step, or the others wait for them forever
+            votes = torch.tensor(float(done), device=device)
+            dist.all_reduce(votes)
+            done = bool(votes > 0)
+        if look or done:
+            sums = torch.stack(recent).cpu()                                   # (R, 3)
+            bad = (~sums.isfinite().all(1)).nonzero()
+            if len(bad):
+                sys.exit(f"error: loss or gradient is not finite at step {step - len(recent) + int(bad[0]) + 1}; the "
+                         f"last checkpoint is untouched. A lower --lr or --grad-clip may help")
+            row = {"step": step, "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(), "lr": lr_at(step - 1, cfg),
+                   "grad_norm": sums[-1, 2].item(), "tokens": before["tokens"] + tokens}
+            recent = []
+        busy += time.perf_counter() - clock  # time in steps alone; evaluations and checkpoints are not counted
+        if look or done:
+            if step == 1:
+                tqdm.write(f"step     1: train {row['loss']:.4f}   a uniform guess over {cfg.vocab_size:,} tokens "
+                           f"costs ln V = {math.log(cfg.vocab_size):.4f}")
+            if seen:
+                row |= evaluate(model, val_data, cfg, loss_fn)
+                tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}   "
+                           f"{tokens / busy:,.0f} tokens/s")
+            history.append(row | {"seconds": round(before["seconds"] + time.perf_counter() - began, 3)})
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        if rank == 0 and (final or done or step % cfg.save_every == 0):
+            save_checkpoint(path, model, optimizer, step, cfg, {**extra, "history": history})
+            # The history in the checkpoint is the true one; this file is a copy of it for people and plots. Were it
+            # appended to line by line, a killed run would leave lines that no checkpoint knows.
+            lines = "".join(json.dumps(row) + "\n" for row in history)
+            write_atomically(path.with_name("metrics.jsonl"), lambda file, lines=lines: file.write(lines.encode()))
+        if done:
+            bar.close()
+            print(f"interrupted: step {step} is saved in {path}; --resume goes on from there", file=sys.stderr)
+            sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
+        if after_step:
+            after_step(step)
+    bar.close()
+    if on_main:
+        signal.signal(signal.SIGINT, default)
+    return {"val_loss": next(row["val_loss"] for row in reversed(history) if "val_loss" in row), "history": history,
+            "seconds": before["seconds"] + time.perf_counter() - began,
+            "tokens_per_second": tokens / busy if busy else None}
+
+
+# --- 6. Decoding: from distributions to text -------------------------------------------------------------------------
+# A language model gives a distribution over the next token. What to do with it is a choice made outside of the model:
+#     greedy       take the likeliest. Exact answers (numbers); open text falls into loops
+#     sampling     draw. temperature sharpens or flattens, top-k and top-p cut the unlikely tail that, drawn from 400
+#                  times, is hit often enough to derail a text
+#     beam search  keep several prefixes, to find a likelier whole than greedy does
+def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
+    """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
+    # 0 means argmax. Trap: dividing by it, or "greedy" that is really temperature 0.1 and errs now and then.
+    if temperature == 0:
+        return logits.argmax(-1)                                               # (B)
+    # Dividing before the cut matters for top-p: a hot distribution is flatter, so more tokens are needed to reach p.
+    logits = logits / temperature                                              # (B, V)
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]          # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)                   # (B, V)
+    if top_p < 1.0:
+        # Q: What is top-p (nucleus) sampling?
+        # A: Keep the smallest set of tokens whose probability reaches p, and sample among those (Holtzman et al. 2019,
+        #    arXiv 1904.09751). Unlike top-k the set adapts: 1 token after "New Yor", hundreds after "I saw a".
+        probs, order = logits.softmax(-1).sort(-1, descending=True)            # (B, V)
+        # Drop a token when the ones BEFORE it already have p. Trap: comparing the sum that includes the token itself
+        # drops the one that crosses p, and with p = 0.1 possibly all of them.
+        drop = probs.cumsum(-1) - probs >= top_p                               # (B, V)
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)  # (B, V)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B)
+
+
+# generate() and beam_search() know no architecture. They ask for three things, which every model defines for itself:
+# prefill (read the prompt), decode_step (append one token), reorder (choose rows); `state` is whatever those need.
+def prefill(model, ids, mask, max_len):
+    """Read the prompts in one pass. ids (B, T), mask (B, T) bool or None -> (logits (B, V) behind each end, state).
+
+    A prompt longer than the context keeps its last block_size tokens. state = (cache, the ids in it).
+    """
+    ids = ids[:, -model.cfg.block_size:]                                       # (B, T)
+    if mask is not None:
+        mask = None if bool(mask.all()) else mask[:, -model.cfg.block_size:]
+    B, T = ids.shape
+    cache = KVCache(model.cfg, B, min(max_len, model.cfg.block_size), like=model.lm_head.weight)
+    x = model.hidden(ids, mask, cache)                                         # (B, T, C)
+    # The next token follows each row's last REAL token. Trap: x[:, -1] of a right-padded row is what follows a pad.
+    last = mask.int().mul(torch.arange(1, T + 1, device=ids.device)).argmax(1) if mask is not None else T - 1
+    x = x[torch.arange(B, device=ids.device), last]                            # (B, C)
+    return model.lm_head(x), (cache, ids)  # V logits for B positions and not for B*T: the head is 30 % of GPT-2's work
+
+
+def decode_step(model, token, state):
+    """Append one token (B,) per row. -> (logits (B, V), state)."""
+    cache, ids = state
+    ids = torch.cat((ids, token[:, None]), 1)                                  # (B, S)
+    if cache.length < model.cfg.block_size:
+        return model(token[:, None], cache=cache)[:, -1], (cache, ids)
+    # All positions are used, and wpe has no row for the next one. Keep the newer half of the context and read it again
+    # from position 0. That is one prefill per block_size / 2 tokens; dropping just the oldest token would be one per
+    # token, since learned positions are baked into every cached key.
+    # (Rotary positions, llama3.py, depend on distances only and need none of this.)
+    half = model.cfg.block_size // 2
+    mask = torch.cat((cache.mask, torch.ones_like(cache.mask[:, :1])), 1)[:, -half - 1:] if cache.padded else None
+    return prefill(model, ids[:, -half - 1:], mask, model.cfg.block_size)
+
+
+def reorder(state, rows):
+    """-> the state whose row i is the old row rows[i]. Beam search copies good rows over bad ones with it."""
+    cache, ids = state
+    new = copy.copy(cache)
+    new.keys, new.values = cache.keys.index_select(1, rows), cache.values.index_select(1, rows)
+    new.mask = cache.mask[rows]
+    return new, ids[rows]
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, *, mask=None, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+             eos_ids=(), pad_id=0, generator=None, on_token=None):
+    """Continue every row of ids (B, T). -> the new ids only, (B, N) with N <= max_new_tokens, pad_id behind an EOS.
+
+    mask (B, T) bool, True = real token: prompts of different length in one batch, padded on either side.
+    on_token(token (B,)) is called for each new column, for streaming. Puts the model into eval mode.
+    """
+    model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
+    logits, state = prefill(model, ids, mask, ids.size(1) + max_new_tokens)
+    B, V = logits.shape
+    out = ids.new_full((B, max_new_tokens), pad_id)
+    done = torch.zeros(B, dtype=torch.bool, device=ids.device)                 # (B)
+    eos = torch.tensor(list(eos_ids), device=ids.device, dtype=ids.dtype)
+    seen = None
+    if repetition_penalty != 1.0:  # which tokens each row has met so far; padding does not count as met
+        seen = torch.zeros(B, V, dtype=torch.int, device=ids.device)           # (B, V)
+        seen.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int) if mask is None else mask.int())
+    length = 0
+    while length < max_new_tokens:
+        if seen is not None:
+            # A logit has no fixed zero: "weaker" is towards -inf, so positive ones are divided and negative ones
+            # multiplied (Keskar et al. 2019, arXiv 1909.05858, with the sign case that its formula forgot).
+            weaker = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)  # (B, V)
+            logits = torch.where(seen > 0, weaker, logits)                     # (B, V)
+        token = sample_next(logits, temperature, top_k, top_p, generator)      # (B)
+        # A finished row keeps its place in the batch and gets pads; the others go on.
+        token = token.masked_fill(done, pad_id)                                # (B)
+        out[:, length] = token
+        length += 1
+        if on_token is not None:
+            on_token(token)
+        if len(eos):
+            done = done | torch.isin(token, eos)                               # (B)
+            if bool(done.all()):
+                break
+        if seen is not None:
+            seen.scatter_(1, token[:, None], 1)
+        if length < max_new_tokens:  # nobody asks what follows the last token
+            logits, state = decode_step(model, token, state)
+    return out[:, :length]
+
+
+@torch.no_grad()
+def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_penalty=1.0, eos_ids=(), pad_id=0,
+                n_best=1):
+    """Keep the num_beams best prefixes at every step. -> (ids (B, n_best, N), scores (B, n_best)), best first.
+
+    score = sum of log-probs / length ** length_penalty, the length counting the EOS. A row stops when its best running
+    beam, scored at its present length, is no better than its worst finished one (Hugging Face's default rule).
+    Raises ValueError if n_best > num_beams.
+    """
+    # Q: Why is the most probable text often a poor one, and the search still used?
+    # A: Open-ended text of highest probability is bland and repeats itself; people do not write likely words only. With
+    #    one right answer (translation, numbers to words) the likeliest text is what you want, and greedy choice can
+    #    lose it: a first word of 0.4 whose best sequel has 0.9 beats a first word of 0.6 with 0.5.
+    if n_best > num_beams:
+        raise ValueError(f"n_best {n_best} is more than num_beams {num_beams}")
+    model.eval()
+    logits, state = prefill(model, ids, mask, ids.size(1) + max_new_tokens)
+    (B, V), K, N = logits.shape, num_beams, max_new_tokens
+    # running = the sum of log-probs of each beam. All K beams of a row start as the same prompt, so all but the first
+    # start at -inf: otherwise step 1 would keep K copies of its best token.
+    running = torch.full((B, K), -math.inf, device=ids.device)                 # (B, K)
+    running[:, 0] = 0.0
+    # Beam k of row b lives in batch row b*K + k.
+    rows = torch.arange(B, device=ids.device).repeat_interleave(K)             # (B*K)
+    logits, state = logits[rows], reorder(state, rows)
+    tokens = ids.new_full((B, K, N), pad_id)                                   # (B, K, N)
+    # Finished texts wait in a pool of their own, sorted, best first; -inf marks an empty place.
+    finished, best = torch.full_like(running, -math.inf), tokens.clone()
+    active = torch.ones(B, dtype=torch.bool, device=ids.device)                # (B)
+    eos = torch.tensor(list(eos_ids), device=ids.device, dtype=ids.dtype)
+    # Each beam can offer at most len(eos) endings, so (1 + len(eos)) * K candidates always hold K that go on.
+    wanted = min(max(2, 1 + len(eos)) * K, K * V)
+    for n in range(N):
+        logp = logits.float().log_softmax(-1).view(B, K, V)                    # (B, K, V)
+        # The continuations of all beams of a row compete in one list; the index tells beam and token of a winner.
+        score, index = (logp + running[:, :, None]).flatten(1).topk(wanted)    # (B, M)
+        beam, token = index // V, index % V                                    # (B, M)
+        longer = tokens.gather(1, beam[:, :, None].expand(-1, -1, N))          # (B, M, N)
+        longer[:, :, n] = token
+        ends = torch.isin(token, eos) | (n == N - 1)                           # (B, M)
+        # An ending counts only among the K best: at rank K+1 the prefix would have been cut, had it gone on.
+        final = (score / (n + 1) ** length_penalty).masked_fill(~(ends & active[:, None]), -math.inf)  # (B, M)
+        final[:, K:] = -math.inf
+        finished, pick = torch.cat((finished, final), 1).topk(K)               # (B, K)
+        best = torch.cat((best, longer), 1).gather(1, pick[:, :, None].expand(-1, -1, N))  # (B, K, N)
+        running, pick = score.masked_fill(ends, -math.inf).topk(K)             # (B, K)
+        # Log-probs are negative and add up: the sum only falls. But dividing by a growing length can raise the mean,
+        # so with length_penalty > 0 this stop is a heuristic, and the published one.
+        active = active & (running[:, 0] / (n + 1) ** length_penalty > finished[:, -1])  # (B)
+        if n == N - 1 or not bool(active.any()):
+            break
+        tokens = longer.gather(1, pick[:, :, None].expand(-1, -1, N))          # (B, K, N)
+        # The surviving beams may all stem from one: their caches are copied from the beam that they continue.
+        rows = beam.gather(1, pick) + torch.arange(B, device=ids.device)[:, None] * K  # (B, K)
+        logits, state = decode_step(model, token.gather(1, pick).flatten(), reorder(state, rows.flatten()))
+    return best[:, :n_best, :n + 1], finished[:, :n_best]
+
+
+# --- 7. Interchange: published weights in and out --------------------------------------------------------------------
+# Our module names are the published ones, so a checkpoint is a dict {name: tensor} on both sides. One thing differs.
+# OpenAI's code kept these four matrices as (in, out), in a layer called Conv1D; nn.Linear keeps (out, in): the same
+# numbers, lying on their side. Trap: attn.c_proj is square, so a forgotten transpose passes every shape check, and only
+# the text is nonsense.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def config_from_hf(hf):
+    """config.json (a dict) -> Config. Raises ValueError for a model that is not GPT-2 as built here."""
+    # Each of these changes the arithmetic without changing a single shape: better refused than silently wrong.
+    for key, expected in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5),
+                          ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+                          ("tie_word_embeddings", True), ("add_cross_attention", False)):
+        if hf.get(key, expected) != expected:
+            raise ValueError(f"config.json says {key} = {hf[key]!r}; this file implements {expected!r} only")
+    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+        raise ValueError(f"config.json says n_inner = {hf['n_inner']}; this file implements 4 * n_embd only")
+    return Config(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"], n_head=hf["n_head"],
+                  n_embd=hf["n_embd"], tokenizer="gpt2", init_std=hf.get("initializer_range", 0.02))
+
+
+def config_to_hf(cfg):
+    """Config -> the dict of config.json that transformers' GPT2LMHeadModel expects."""
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+            "n_positions": cfg.block_size, "vocab_size": cfg.vocab_size, "n_layer": cfg.n_layer, "n_head": cfg.n_head,
+            "n_embd": cfg.n_embd, "layer_norm_epsilon": 1e-5, "initializer_range": cfg.init_std,
+            "attn_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "resid_pdrop": cfg.dropout,
+            "bos_token_id": None, "eos_token_id": 50256 if cfg.vocab_size >= 50257 else None,
+            "tie_word_embeddings": True, "dtype": "float32"}
+
+
+def import_weights(model, tensors):
+    """Fill the model from published tensors {name: tensor}. A missing, unknown or misshapen one raises ValueError."""
+    found = {}
+    for name, tensor in tensors.items():
+        # The files on the hub were saved from the model without its head: no "transformer." in front.
+        name = name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # old files carry the causal mask as a buffer
+            found[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
+    # A tied head may be stored once or twice. Stored twice and different, it is not tied.
+    if not torch.equal(found.setdefault("lm_head.weight", found.get("transformer.wte.weight")),
+                       found.get("transformer.wte.weight", torch.empty(0))):
+        raise ValueError("lm_head.weight differs from transformer.wte.weight; this file implements a tied head only")
+    wanted = model.state_dict()
+    # load_state_dict would name these too, in one block of text for all of them. The first one is what helps.
+    for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+        raise ValueError(f"the weights have no tensor {name}" if name in wanted else f"GPT-2 has no tensor {name}")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            turned = " (transposed?)" if tensor.t().shape == wanted[name].shape else ""
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}{turned}")
+    model.load_state_dict(found, assign=True)  # takes the tensors themselves: no second copy of the weights
+    model.lm_head.weight = model.transformer.wte.weight  # assigning made them two; one again
+
+
+def export_weights(model):
+    """-> {published name: tensor}: the (in, out) layout again, the tied head stored once."""
+    return {name: (tensor.t() if name.endswith(TRANSPOSED) else tensor).detach().cpu().contiguous()
+            for name, tensor in model.named_parameters()}
+
+
+def hub_folder(repo):
+    """Fetch config and weights of a Hugging Face repository into ./data. -> the folder. Raises OSError."""
+    import requests
+    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main"
+    for name in ("config.json", "model.safetensors"):
+        # Large files are stored by content: the hub announces their SHA-256 before it redirects to the storage.
+        answer = requests.head(f"{base}/{name}", timeout=(3, 30))
+        answer.raise_for_status()
+        announced = answer.headers.get("x-linked-etag", "").strip('"')
+        path = fetch(f"{repo.replace('/', '--')}/{name}", f"{base}/{name}", announced if len(announced) == 64 else "")
+    return path.parent
+
+
+def from_pretrained(path_or_repo):
+    """A folder in Hugging Face layout, or a repository name ("gpt2", "openai-community/gpt2-large").
+
+    -> (model in eval mode, its Config). Raises OSError if it cannot be had, ValueError if it is not a GPT-2.
+    """
+    from safetensors.torch import load_file
+    folder = Path(path_or_repo) if Path(path_or_repo).is_dir() else hub_folder(path_or_repo)
+    cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
+    # On the meta device a model has shapes and no memory: nothing is allocated or drawn that would be replaced at once.
+    with torch.device("meta"):
+        model = GPT(cfg)
+    import_weights(model, load_file(folder / "model.safetensors"))
+    return model.eval(), cfg
+
+
+def save_pretrained(model, cfg, path, tokenizer=None):
+    """Write config.json and model.safetensors (and our tokenizer's description): transformers and --load read it."""
+    from safetensors.torch import save
+    files = {"model.safetensors": save(export_weights(model), metadata={"format": "pt"}),  # transformers asks for "pt"
+             "config.json": json.dumps(config_to_hf(cfg), indent=2).encode()}
+    if tokenizer is not None:
+        files["tokenizer_spec.json"] = json.dumps(tokenizer.spec).encode()
+    for name, content in files.items():
+        write_atomically(Path(path) / name, lambda file, content=content: file.write(content))
+
+
+def load_tokenizer(path):
+    """The tokenizer of a folder: what tokenizer_spec.json (ours) says, else GPT-2's."""
+    spec = Path(path) / "tokenizer_spec.json"
+    return make_tokenizer(json.loads(spec.read_text()) if spec.is_file() else {"kind": "gpt2"})
+
+
+# --- 8. Main: train, look, tell --------------------------------------------------------------------------------------
+def memory_gb(cfg, parameters):
+    """{what: GB} that training needs in float32, before any of it is allocated."""
+    tokens = cfg.batch_size * cfg.block_size
+    # Kept for the backward pass, per token and layer: 16*C numbers (inputs and outputs of the two norms 4, qkv 3,
+    # attention 1, both sides of the GELU 8), and three rows of V around the loss: logits, log-probs, their gradient.
+    kept = 16 * cfg.n_layer * cfg.n_embd + 3 * cfg.vocab_size
+    return {"weights": 4e-9 * parameters, "gradients": 4e-9 * parameters, "optimizer": 8e-9 * parameters,
+            "activations": 4e-9 * tokens * kept}
+
+
+def check_memory(cfg, device):
+    """Refuse, with the estimate, what cannot fit on this machine: trying would make it swap and freeze instead."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(cfg).parameters())
+    need, have = memory_gb(cfg, parameters), math.inf
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1] / 1e9
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # Linux and macOS; Windows does not say
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if sum(need.values()) > have:
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in need.items())
+        sys.exit(f"error: this needs about {sum(need.values()):.1f} GB ({parts}) and the machine has {have:.1f} GB; "
+                 f"take a smaller --preset, --batch-size or --block-size")
+
+
+def peak_memory_mb(device):
+    """The most memory this process ever held: of the GPU there, of the machine elsewhere. None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # macOS counts bytes, Linux kilobytes
+
+
+def exact_match(model, tokenizer, numbers):
+    """Share of numbers whose whole name comes out right, greedily. No credit for nearly: "sixty" for "sixteen" is 0."""
+    device, right = next(model.parameters()).device, 0
+    for start in range(0, len(numbers), 500):
+        part = numbers[start:start + 500]
+        # Prompts of 2 to 7 tokens in one batch: padded on the left, so that all of them end in the same column.
+        prompts = [tokenizer.encode(f"{n}=") for n in part]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (R, T)
+        out = generate(model, ids, 10, mask=ids != 0, eos_ids=tokenizer.eos_ids)  # (R, N)
+        right += sum(tokenizer.decode(row) == number_to_words(n) + "\n"
+                     for row, n in zip(out.tolist(), part, strict=True))
+    return right / len(numbers)
+
+
+def plot_curve(path, history, title, lines):
+    """Training and validation loss against steps; lines = {label: height} are drawn across (ln V, the floor)."""
+    import matplotlib
+    matplotlib.use("Agg")  # draws into files; no window, so it works on a server
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4), dpi=120)
+    ax.plot([row["step"] for row in history], [row["loss"] for row in history], lw=1, color="tab:gray", label="train")
+    looks = [row for row in history if "val_loss" in row]
+    ax.plot([row["step"] for row in looks], [row["val_loss"] for row in looks], "o-", ms=4, color="tab:blue",
+            label="validation, whole split")
+    for label, height in lines.items():
+        ax.axhline(height, ls="--", lw=0.8, color="tab:red")
+        ax.text(0.5, height, label, transform=ax.get_yaxis_transform(), ha="center", va="bottom", fontsize=8)
+    ax.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    ax.legend()
+    fig.tight_layout()
+    write_atomically(path, lambda file: fig.savefig(file, format="png"))
+    plt.close(fig)
+
+
+def stream(tokenizer):
+    """-> an on_token callback that prints the first row's text while it is written."""
+    ids, shown = [], 0
+
+    def on_token(token):
+        nonlocal shown
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a BPE token may end inside a UTF-8 character: wait for the rest of it
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    return on_token
+
+
+def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=None):
+    """Continue `prompt` as cfg says (beams, or temperature / top-k / top-p). -> the new text."""
+    ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)  # (1, T)
+    if cfg.beams > 1:
+        out = beam_search(model, ids, max_new_tokens, num_beams=cfg.beams, length_penalty=cfg.length_penalty,
+                          eos_ids=tokenizer.eos_ids)[0][0]                     # (1, N)
+    else:
+        # A generator of its own: looking at samples during training must not change the training.
+        out = generate(model, ids, max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                       repetition_penalty=cfg.repetition_penalty, eos_ids=tokenizer.eos_ids, on_token=on_token,
+                       generator=torch.Generator(ids.device).manual_seed(cfg.seed))  # (1, N)
+    return tokenizer.decode(out[0].tolist())
+
+
+def load_any(cfg):
+    """--load: our checkpoint (a file, or the run folder around it) or published weights. -> (model, cfg, tokenizer).
+
+    The shape of the model comes from what is loaded, everything else from the command line.
+    """
+    shape = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "tokenizer", "init_std"}
+    free = {field.name for field in dataclasses.fields(cfg)} - shape
+    path = Path(cfg.load)
+    path = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path
+    if path.is_file():
+        state = read_checkpoint(path)
+        cfg = recorded_config(cfg, state["config"], free)
+        model = build_model(cfg)
+        load_checkpoint(path, model, None, cfg)
+        return model.eval(), cfg, make_tokenizer(state["extra"]["tokenizer"])
+    try:
+        model, theirs = from_pretrained(cfg.load)
+    except (OSError, ValueError, KeyError) as problem:
+        sys.exit(f"error: --load {cfg.load}: no run, no checkpoint and no GPT-2 folder or repository ({problem})")
+    return model, recorded_config(cfg, dataclasses.asdict(theirs), free), load_tokenizer(cfg.load)
+
+
+def main(cfg):
+    """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> (model, cfg)."""
+    device = setup(cfg)
+    rank, world = ranks()
+    out, model, tokenizer = Path(cfg.out), None, None
+    if cfg.resume:
+        # What a run was made with is in its checkpoint; the command line need not repeat it and may not contradict it.
+        state = read_checkpoint(out / "ckpt.pt")
+        free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load", "prompt", "max_new_tokens"}
+        cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
+    elif cfg.load:
+        model, cfg, tokenizer = load_any(cfg)
+    prompt = cfg.prompt or ("40215=" if cfg.data == "numbers" else "\n")
+    if cfg.load and cfg.prompt and not cfg.resume:
+        model.to(device)
+        try:
+            tokenizer.encode(prompt)
+        except ValueError as problem:
+            sys.exit(f"error: --prompt: {problem}")
+        print(prompt, end="", flush=True)
+        text = write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens, stream(tokenizer))
+        print(text if cfg.beams > 1 else "")  # sampled text was streamed; the best beam is known at the end only
+        return model, cfg
+
+    if world > 1 and rank > 0:
+        dist.barrier()  # rank 0 goes first: it may have to download, and the others then find the file
+    train_data, val_data, tokenizer, info = make_data(cfg, tokenizer)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    if cfg.resume and info["sha256"] != state["extra"]["data"]["sha256"]:
+        sys.exit(f"error: --resume: {info['name']} is not the text that this run was trained on (SHA-256 differs)")
+    # "auto" becomes the name of what was found: a resumed run must not find something else.
+    cfg = dataclasses.replace(cfg, data=info["name"], vocab_size=cfg.vocab_size or tokenizer.n_vocab)
+    if cfg.vocab_size < tokenizer.n_vocab:
+        sys.exit(f"error: --vocab-size {cfg.vocab_size} is less than the {tokenizer.n_vocab} tokens of the data")
+    try:
+        tokenizer.encode(prompt)  # now, not behind an hour of training
+    except ValueError as problem:
+        sys.exit(f"error: --prompt: {problem}")
+    check_memory(cfg, device)
+    model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows of {cfg.block_size} "
+          f"tokens a step; everything goes to {out}/")
+
+    def show(step):
+        if step % cfg.eval_every == 0 and rank == 0:  # watch it learn: noise, then spaces, then words, then names
+            line = write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))
+            tqdm.write(f"            {(prompt.lstrip() + line)!r}")
+
+    result = train(model, cfg, train_data, val_data, compute_loss, {"tokenizer": tokenizer.spec, "data": info}, show)
+    if cfg.data == "numbers":
+        results = {"exact_match": exact_match(model, tokenizer, sorted(set(draw_numbers(1000, cfg.seed + 1, True))))}
+    else:
+        # Nats per token depend on how long a token is; bits per byte of text do not, so they compare across tokenizers.
+        results = {"bits_per_byte": result["val_loss"] / math.log(2) / info["bytes_per_token"]}
+    if rank > 0:
+        return model, cfg
+
+    text = prompt + write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens)
+    write_atomically(out / "sample.txt", lambda file: file.write(text.encode()))
+    floor = 0.0 if cfg.data == "numbers" else None  # what a perfect model would reach; nobody knows it for real text
+    uniform = math.log(cfg.vocab_size)
+    plot_curve(out / "curve.png", result["history"], f"{Path(__file__).name} on {Path(cfg.data).name}",
+               {f"uniform guess, ln V = {uniform:.2f}": uniform} | ({} if floor is None else {"floor 0": floor}))
+    summary = {"config": dataclasses.asdict(cfg), "params": parameters, "val_loss": result["val_loss"], "floor": floor,
+               "tokens_per_second": result["tokens_per_second"], "seconds": result["seconds"],
+               "peak_memory_mb": peak_memory_mb(device), "data": info, "device": str(device),
+               "torch": torch.__version__, "figures": ["curve.png"], "results": results}
+    write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    # The expectation is printed from the header, where measured runs write it: one place, no second copy to go stale.
+    expected = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", __doc__, re.M)[1].split())
+    print(f"\n{text.strip()}\n\nThe sample is in {out}/sample.txt, the curve in {out}/curve.png. Talk to it with\n"
+          f"  python {Path(__file__).name} --load {out} --prompt {prompt.strip() or 'The'!r}\n"
+          f"Next: read this file from the top, then `diff decoder_only.py llama3.py` for what changed since 2019.\n"
+          f"Expected: {expected}\n"
+          f"Reached:  val loss {result['val_loss']:.4f}, {', '.join(f'{k} {v:.4f}' for k, v in results.items())}, "
+          f"{result['seconds']:.0f} s (a uniform guess: {uniform:.2f}"
+          f"{'' if floor is None else f', a perfect model: {floor:.2f}'})")
+    return model, cfg
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, PRESETS))
