@@ -52,6 +52,12 @@ from tqdm import tqdm
 # --- 1. Config: every knob in one place ------------------------------------------------------------------------------
 # One flat record instead of nested ones or a YAML file: a field is a flag (--n-layer 6), its comment is the help text,
 # and the whole record travels in the checkpoint, so that a run can always say how it was made.
+#     python decoder_only.py                                     train on Shakespeare (or on Python's docs when offline)
+#     python decoder_only.py --data my.txt --max-steps 5000      on your own text
+#     python decoder_only.py --preset numbers                    on the toy language: every answer can be checked
+#     python decoder_only.py --load runs/decoder_only --prompt "ROMEO:" --temperature 0.5       let it talk
+#     python decoder_only.py --load gpt2 --prompt "The meaning of life is"                      published weights
+#     python decoder_only.py --resume                            go on after Ctrl-C, a crash or a power cut
 @dataclass
 class Config:
     """All settings. Raises ValueError for impossible values."""
@@ -75,7 +81,8 @@ class Config:
     # the width 1600 of gpt2-xl, 0.088 at width 128. Small models start too quiet with 0.02 and lose the first steps.
     init_std: float = 0.088           # std of the initial weights, about 1/sqrt(n_embd)
 
-    # Optimisation
+    # Optimisation. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: one and a half passes over the
+    # text.
     max_steps: int = 2000             # optimizer steps
     batch_size: int = 12              # rows per micro-step, over all ranks
     grad_accum: int = 1               # micro-steps per optimizer step
@@ -89,7 +96,7 @@ class Config:
     save_every: int = 500             # steps between checkpoints
     resume: bool = False              # continue the run in --out, bit for bit
 
-    # Decoding
+    # Decoding. 0.8 is a habit that suits small models: their tail is wrong more often than it is interesting.
     load: str = ""                    # run folder, checkpoint, Hugging Face folder or repository ("gpt2") to start from
     prompt: str = ""                  # text to continue; together with --load nothing is trained
     max_new_tokens: int = 400         # tokens to write
@@ -177,6 +184,13 @@ def parse_config(cls, presets, argv=None):
 #                           |                    ^    |                   ^
 #                           +-> ln_1 -> attn ----+    +-> ln_2 -> mlp ----+        (one of L blocks)
 #                               tokens talk               each token thinks
+# A picture of the mask for T = S = 4 (x = may attend). Row t is a training exercise of its own, "given tokens 0..t,
+# what is t+1": without the mask row t would find its answer in column t+1 and the loss would fall to 0 by copying.
+#     key     0 1 2 3
+#     query 0 x . . .
+#           1 x x . .
+#           2 x x x .
+#           3 x x x x
 def causal_mask(T, S, device=None):
     """(T, S) bool, True = may attend: query t is the (S-T+t)-th token and sees keys 0 .. S-T+t.
 
@@ -212,6 +226,12 @@ def attention(q, k, v, mask):
     return weights @ v                                                         # (B, H, T, D)
 
 
+# While writing, the tokens of the past never change, and neither do their keys and values:
+#
+#     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
+#     one token    q k v of 1 token; q meets P+1 keys                k v --> column P
+#
+# The queries of the past are not kept: nobody will ask their questions again.
 class KVCache:
     """Keys and values of the tokens seen so far, for all layers, in buffers that are allocated once.
 
@@ -260,6 +280,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update(layer, k, v)                                   # (B, H, S, D) each
+        # Why q and k and not one vector for both? x.x is symmetric and largest with oneself; "a verb looks for its
+        # subject" is neither. Two projections let what a token seeks differ from what it offers.
         # attention(q, k, v, mask) in one fused call. It works in tiles and keeps no T x S matrix, which at T = 1024
         # is 12 heads x 1 M scores = 48 MiB per row and layer in float32, written and read several times.
         # On CPU, dropout inside attention has no fused kernel: PyTorch then takes the plain form, silently and slower.
@@ -330,6 +352,10 @@ class GPT(nn.Module):
         #    million at GPT-2's size, and a rare token's row learns from every prediction instead of its own few uses
         #    (Press & Wolf 2017, arXiv 1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
+        # Initial weights: small and random. All zero would make every unit of a layer equal, and equal they would stay,
+        # since they would get equal gradients; large ones saturate softmax and start above ln V.
+        # Trap: initialising the head after the embedding. They are one tensor, and the second call overwrites the
+        # first.
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 # Each block adds two branches to the stream: 2L sums, whose variance would grow 2L times. Shrinking
@@ -345,11 +371,13 @@ class GPT(nn.Module):
         mask (B, T) bool: which of these ids are real tokens; pads may stand on the left or on the right. cache holds
         the P tokens before and takes in these T, so that a prompt may come in pieces (chunked prefill).
         """
+        # P past + T new = S tokens in sight. Training: P = 0, S = T. Writing one token: T = 1, S = P + 1.
         T = ids.size(1)
         P = cache.length if cache is not None else 0
         S = P + T
         if S > self.cfg.block_size:
             raise ValueError(f"{S} tokens, but this model has only {self.cfg.block_size} positions (block_size)")
+        # keep (B, S): which of the tokens in sight are real. The cache remembers it for the past.
         keep = mask
         if cache is not None:
             if mask is not None:
@@ -389,6 +417,9 @@ def build_model(cfg):
 #     inputs    F  i  r  s  t     row t of the logits has seen inputs 0..t and is scored on targets[t].
 #     targets   i  r  s  t  _     One shift, made once, in section 4. Trap: shifting in the data AND in the loss trains
 #                                 the token after the next; the loss falls all the same, and the text is gibberish.
+# The mean of this loss over a text is its cross-entropy. Other names for the same number, here for a loss of 1.7:
+#     perplexity     exp(1.7) = 5.5      the model is as unsure as if it chose among 5.5 equally likely characters
+#     bits per byte  1.7 / ln 2 = 2.45   an arithmetic coder that asks this model needs 2.45 bits per character, not 8
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
 
 
@@ -412,6 +443,11 @@ def compute_loss(model, batch, cfg):
 # --- 4. Data: text or toy language -> rows of ids --------------------------------------------------------------------
 # Every data set ends up as one thing: a tuple of tensors (inputs, targets) whose first axis is the row. A batch is then
 # one gather, whatever the rows hold, and nothing below this section knows where they came from.
+#
+#     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
+#
+# A file that is fetched is named with its SHA-256. A download that broke off, a proxy's error page or a silently edited
+# copy would train just as well, and the number at the end would mean something else.
 SHAKESPEARE = ("tinyshakespeare.txt",
                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
@@ -519,6 +555,11 @@ def draw_numbers(count, seed, validation):
 
 # Three tokenizers, one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
 # travels in the checkpoint, since weights without their tokenizer are numbers about unknown symbols.
+#
+# Q: Characters or byte-level BPE?
+# A: Characters: 65 ids, a tiny head, nothing to learn about words in advance; a context of 64 tokens is one line of
+#    text. BPE: 50,257 ids, each worth about 3.5 characters, so the same context reaches further and a step covers more
+#    text; but at width 128 its embedding alone has 6.4 million parameters, eight times the rest of this model.
 class CharTokenizer:
     """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
 
@@ -585,6 +626,8 @@ def make_tokenizer(spec):
 def text_rows(ids, block_size, stride):
     """ids (n,) -> (inputs, targets), each (rows, T): windows of one text that start every `stride` tokens.
 
+    ids 0 1 2 3 4 5 6 with T = 3, stride 1:  inputs 012 123 234 345   targets 123 234 345 456
+                               stride 3:     inputs 012 345           targets 123 456
     stride 1 to train: any start is a row. stride T to validate: windows that touch but do not overlap, so that every
     token behind the first is predicted exactly once (but for a tail shorter than T).
     """
@@ -598,6 +641,9 @@ def number_rows(numbers, tokenizer):
     Only the words and the newline are targets. The digits are drawn at random, so no model can guess them, and a loss
     that contains them stops at their entropy, about 0.8 nats a token. Without them a perfect model reaches 0.
     """
+    # One row, "42=forty two\n", shortened to 8 columns:
+    #     inputs     4   2   =      forty  two  \n  pad pad
+    #     targets    -   -   forty  two    \n   -   -   -        - is IGNORE
     lines = [tokenizer.encode(f"{n}={number_to_words(n)}\n") for n in numbers]
     ids = torch.tensor([line + [0] * (17 - len(line)) for line in lines])      # (R, 17)
     targets = ids[:, 1:].clone()                                               # (R, 16)
@@ -652,6 +698,9 @@ def get_batch(data, rows, seed, step):
     There is no iterator whose position would have to be saved: step 1,234 draws the same rows in a fresh run, after a
     resume, and on each of eight GPUs.
     """
+    # Q: Random windows, or epochs without repetition?
+    # A: A million windows overlap, so "every window once" would read each character 64 times. Non-overlapping
+    #    windows in shuffled order were no better when we tried them, and random ones have no state to save.
     index = torch.randint(len(data[0]), (rows,), generator=seeded(seed, step))
     return tuple(part[index] for part in data)  # one gather per tensor, no Python loop over rows
 
@@ -694,6 +743,11 @@ def setup(cfg):
     return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
 
 
+#     lr |     ______
+#        |    /      `-.            warm-up: the first steps are guesses, keep them small
+#        |   /          `.          plateau of the cosine: get far
+#        |  /             `-._      descent: average the noise away
+#        +--------------------- step
 def lr_at(step, cfg):
     """Learning rate of the update number `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio."""
     # Adam's first steps rest on very few gradients: warm-up keeps them small until its averages mean something.
@@ -711,6 +765,10 @@ def make_optimizer(model, cfg):
 
     m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
     """
+    # Q: Why Adam and not plain gradient descent?
+    # A: Gradients of different weights differ by orders of magnitude: the row of a rare character sees one gradient in
+    #    a thousand steps. Dividing by sqrt(v), each weight's own typical gradient, gives all of them steps of size lr.
+    #    The price is memory: m and v are 8 bytes per parameter in float32, twice the weights.
     params = [p for p in model.parameters() if p.requires_grad]
     # Decay pulls weights towards 0. That suits matrices, whose scale is free; a norm's gain belongs near 1 and a bias
     # has nothing to shrink. Both are vectors: the number of axes tells them apart.
@@ -739,6 +797,8 @@ def evaluate(model, data, cfg, loss_fn):
     return {"val_loss": (totals[0] / totals[1]).item()}
 
 
+# Q: A program can be killed at any moment, also in the middle of writing its checkpoint. What is on the disk then?
+# A: With open(path, "w"), half a file, and the good one of before is gone. With the function below always a whole one.
 def write_atomically(path, write):
     """Call write(file) on a temporary file beside `path`, then rename: `path` holds old or new bytes, never half.
 
@@ -817,6 +877,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     device = next(model.parameters()).device
     if cfg.batch_size % world:
         sys.exit(f"error: --batch-size {cfg.batch_size} cannot be dealt out to {world} processes")
+    # --- get ready: optimizer, state of an earlier run, wrappers, Ctrl-C
     path, extra, share = Path(cfg.out) / "ckpt.pt", extra or {}, cfg.batch_size // world
     optimizer = make_optimizer(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -830,6 +891,9 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             net = torch.compile(net)
         else:
             print("--compile: no C++ compiler found; going on without")
+    # Q: What does data parallel training share, and when?
+    # A: Each rank holds all weights and takes 1/world of the rows. Behind backward() the gradients are averaged, so
+    #    every optimizer makes the same update and the weights stay equal without ever being sent.
     if world > 1:  # DDP averages gradients over the ranks while backward() is still running
         net = nn.parallel.DistributedDataParallel(net)
     amp = torch.autocast(device.type, torch.bfloat16,
@@ -843,6 +907,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     began, busy, tokens, recent = time.perf_counter(), 0.0, 0, []
     bar = tqdm(total=cfg.max_steps, initial=step, disable=None if rank == 0 else True, desc="train", mininterval=0.5)
 
+    # --- the loop: everything until bar.update() is training, everything behind it is looking, telling and saving
     while step < cfg.max_steps:
         clock = time.perf_counter()
         for group in optimizer.param_groups:
@@ -896,6 +961,9 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             if len(bad):
                 sys.exit(f"error: loss or gradient is not finite at step {step - len(recent) + int(bad[0]) + 1}; the "
                          f"last checkpoint is untouched. A lower --lr or --grad-clip may help")
+            # What the columns tell. loss: training loss over the steps since the last line. grad_norm: before clipping;
+            # a sudden tenfold is the first sign of a run about to diverge. lr: what the last update used. tokens: seen
+            # in all. seconds: wall time in all, with evaluations, over all resumes. val_loss: on evaluation steps.
             row = {"step": step, "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(), "lr": lr_at(step - 1, cfg),
                    "grad_norm": sums[-1, 2].item(), "tokens": before["tokens"] + tokens}
             recent = []
@@ -936,6 +1004,10 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
 #     sampling     draw. temperature sharpens or flattens, top-k and top-p cut the unlikely tail that, drawn from 400
 #                  times, is hit often enough to derail a text
 #     beam search  keep several prefixes, to find a likelier whole than greedy does
+#
+# The cuts on the distribution [.50 .30 .15 .05]:
+#     temperature 0.5   [.68 .25 .06 .01]   p^(1/0.5), renormalised      temperature 2   [.38 .29 .21 .12]
+#     top_k 2           [.62 .38  0   0 ]   top_p 0.8 the same: .50 + .30 reach 0.8     top_p 0.81   [.53 .32 .16  0 ]
 def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
     # 0 means argmax. Trap: dividing by it, or "greedy" that is really temperature 0.1 and errs now and then.
@@ -953,7 +1025,7 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
         probs, order = logits.softmax(-1).sort(-1, descending=True)            # (B, V)
         # Drop a token when the ones BEFORE it already have p. Trap: comparing the sum that includes the token itself
         # drops the one that crosses p, and with p = 0.1 possibly all of them.
-        drop = probs.cumsum(-1) - probs >= top_p                               # (B, V)
+        drop = F.pad(probs.cumsum(-1)[:, :-1], (1, 0)) >= top_p                # (B, V)
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)  # (B, V)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B)
 
@@ -1010,6 +1082,8 @@ def generate(model, ids, max_new_tokens, *, mask=None, temperature=0.0, top_k=0,
     on_token(token (B,)) is called for each new column, for streaming. Puts the model into eval mode.
     """
     model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
+    # Two speeds: prefill reads the whole prompt in one pass and is bound by arithmetic; each decode_step reads all
+    # weights for one token per row and is bound by memory. That is why a long answer costs more than a long question.
     logits, state = prefill(model, ids, mask, ids.size(1) + max_new_tokens)
     B, V = logits.shape
     out = ids.new_full((B, max_new_tokens), pad_id)
@@ -1044,6 +1118,12 @@ def generate(model, ids, max_new_tokens, *, mask=None, temperature=0.0, top_k=0,
     return out[:, :length]
 
 
+# K = 2 beams, log-probs added up along the path, the two best of all continuations kept at every step:
+#
+#     prompt --+-- a  -0.6 --+-- b -2.1
+#              |             +-- c -2.3   cut: two others are better
+#              +-- d  -0.9 --+-- e -1.0   the winner begins with the second-best first token: greedy would miss it
+#                            +-- f -4.0   cut
 @torch.no_grad()
 def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_penalty=1.0, eos_ids=(), pad_id=0,
                 n_best=1):
@@ -1103,6 +1183,9 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
 
 
 # --- 7. Interchange: published weights in and out --------------------------------------------------------------------
+#     transformer.wte.weight (V, C)   transformer.h.0.ln_1.weight (C)   transformer.h.0.attn.c_attn.weight (C, 3*C)  ...
+# A safetensors file is a JSON header (name, dtype, shape, offset) and then the raw numbers. Nothing in it is code,
+# unlike a pickle, so opening a stranger's file is safe.
 # Our module names are the published ones, so a checkpoint is a dict {name: tensor} on both sides. One thing differs.
 # OpenAI's code kept these four matrices as (in, out), in a layer called Conv1D; nn.Linear keeps (out, in): the same
 # numbers, lying on their side. Trap: attn.c_proj is square, so a forgotten transpose passes every shape check, and only
@@ -1182,6 +1265,8 @@ def from_pretrained(path_or_repo):
 
     -> (model in eval mode, its Config). Raises OSError if it cannot be had, ValueError if it is not a GPT-2.
     """
+    # Three steps, the same for every architecture: config.json says what to build, the names say what goes where, and a
+    # test says that the logits agree with the reference implementation (within 1e-4 in float32; here they do).
     from safetensors.torch import load_file
     folder = Path(path_or_repo) if Path(path_or_repo).is_dir() else hub_folder(path_or_repo)
     cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
@@ -1210,6 +1295,10 @@ def load_tokenizer(path):
 
 
 # --- 8. Main: train, look, tell --------------------------------------------------------------------------------------
+# Q: What fills the memory in training?
+# A: 16 bytes per parameter whatever you do (weight, gradient, two Adam moments; 2 GB for GPT-2 124M), and activations
+#    that grow with batch x length (14.7 GB for 12 x 1,024 tokens, half of it logits). Halve batch_size and double
+#    grad_accum: the same step, half of the second part.
 def memory_gb(cfg, parameters):
     """{what: GB} that training needs in float32, before any of it is allocated."""
     tokens = cfg.batch_size * cfg.block_size
@@ -1261,6 +1350,10 @@ def exact_match(model, tokenizer, numbers):
     return right / len(numbers)
 
 
+# How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
+# the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
+# targets). Stuck at the entropy of the characters, 3.3 for English: the context is ignored, look at the mask and the
+# positions.
 def plot_curve(path, history, title, lines):
     """Training and validation loss against steps; lines = {label: height} are drawn across (ln V, the floor)."""
     import matplotlib

@@ -466,7 +466,9 @@ def trace_decoder_only(m, tmp_path, fixed):
     small = dict(n_layer=2, n_head=3, n_embd=24, block_size=16, max_steps=3, eval_every=2, device="cpu")
     m.main(m.Config(**small, batch_size=5, data=str(text), out=str(tmp_path / "text")))
     # Larger batches: there are some thousand numbers to validate, and they take one pass each time.
-    model, cfg = m.main(m.Config(**small, batch_size=97, data="numbers", out=str(tmp_path / "numbers")))
+    numbers = str(tmp_path / "numbers")
+    model, cfg = m.main(m.Config(**small, batch_size=97, data="numbers", max_new_tokens=5, out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
     fixed["V"] = cfg.vocab_size
     ids = torch.randint(cfg.vocab_size, (5, 7))
     mask = torch.ones(5, 7, dtype=torch.bool)
