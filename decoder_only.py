@@ -420,6 +420,7 @@ def build_model(cfg):
 # The mean of this loss over a text is its cross-entropy. Other names for the same number, here for a loss of 1.7:
 #     perplexity     exp(1.7) = 5.5      the model is as unsure as if it chose among 5.5 equally likely characters
 #     bits per byte  1.7 / ln 2 = 2.45   an arithmetic coder that asks this model needs 2.45 bits per character, not 8
+
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
 
 
@@ -445,7 +446,7 @@ def compute_loss(model, batch, cfg):
 # one gather, whatever the rows hold, and nothing below this section knows where they came from.
 #
 #     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
-#
+
 # A file that is fetched is named with its SHA-256. A download that broke off, a proxy's error page or a silently edited
 # copy would train just as well, and the number at the end would mean something else.
 SHAKESPEARE = ("tinyshakespeare.txt",
@@ -815,6 +816,15 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def out_folder(cfg):
+    """-> Path of --out, made now: a folder that cannot be made should end the run before the work, not behind it."""
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        sys.exit(f"error: --out {cfg.out}: {problem}")
+    return Path(cfg.out)
 
 
 def save_checkpoint(path, model, optimizer, step, cfg, extra):
@@ -1428,10 +1438,10 @@ def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> (model, cfg)."""
     device = setup(cfg)
     rank, world = ranks()
-    out, model, tokenizer = Path(cfg.out), None, None
+    model, tokenizer = None, None
     if cfg.resume:
         # What a run was made with is in its checkpoint; the command line need not repeat it and may not contradict it.
-        state = read_checkpoint(out / "ckpt.pt")
+        state = read_checkpoint(Path(cfg.out) / "ckpt.pt")
         free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load", "prompt", "max_new_tokens"}
         cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
     elif cfg.load:
@@ -1464,6 +1474,7 @@ def main(cfg):
     except ValueError as problem:
         sys.exit(f"error: --prompt: {problem}")
     check_memory(cfg, device)
+    out = out_folder(cfg)
     model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows of {cfg.block_size} "

@@ -488,9 +488,20 @@ def trace_decoder_only(m, tmp_path, fixed):
     m.from_pretrained(tmp_path / "saved")
 
 
+def trace_toy_dataset(m, tmp_path, fixed):
+    import torch
+
+    m.main(m.Config(out=str(tmp_path / "run")))
+    for side in ("right", "left"):
+        ids, mask = m.pad_rows([[7, 8, 9], [7], [7, 8, 9, 10, 11]], side)
+    m.both_masks(mask)
+    m.mask_tokens(ids, mask, 0)
+    list(m.batches({"ids": torch.zeros(11, 3)}, 4, 0))
+
+
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
-SCENARIOS = {"decoder_only": trace_decoder_only}
+SCENARIOS = {"decoder_only": trace_decoder_only, "toy_dataset": trace_toy_dataset}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
