@@ -877,6 +877,21 @@ def recorded_config(cfg, recorded, free):
     return dataclasses.replace(cfg, **{name: value for name, value in recorded.items() if name not in free})
 
 
+@contextlib.contextmanager
+def polite_interrupt():
+    """-> a list that is empty until Ctrl-C is pressed. A second Ctrl-C ends the program at once, as ever."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, before)))
+    try:
+        yield pressed
+    finally:  # whatever ended the run: in a notebook the process lives on, and its stop button should work
+        signal.signal(signal.SIGINT, before)
+
+
 def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None):
     """Train for cfg.max_steps optimizer steps. -> {"val_loss", "history", "seconds", "tokens_per_second"}.
 
@@ -887,7 +902,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     device = next(model.parameters()).device
     if cfg.batch_size % world:
         sys.exit(f"error: --batch-size {cfg.batch_size} cannot be dealt out to {world} processes")
-    # --- get ready: optimizer, state of an earlier run, wrappers, Ctrl-C
+    # --- get ready: optimizer, state of an earlier run, wrappers
     path, extra, share = Path(cfg.out) / "ckpt.pt", extra or {}, cfg.batch_size // world
     optimizer = make_optimizer(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -908,101 +923,98 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
         net = nn.parallel.DistributedDataParallel(net)
     amp = torch.autocast(device.type, torch.bfloat16,
                          enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"))
-    stop, on_main = [], threading.current_thread() is threading.main_thread()  # only the main thread gets signals
-    if on_main:
-        # The first Ctrl-C asks politely. It also puts Python's own handler back: a second one ends the program at once.
-        default = signal.default_int_handler
-        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, default)))
     before = history[-1] if history else {"seconds": 0.0, "tokens": 0}
     began, busy, tokens, recent = time.perf_counter(), 0.0, 0, []
     bar = tqdm(total=cfg.max_steps, initial=step, disable=None if rank == 0 else True, desc="train", mininterval=0.5)
 
     # --- the loop: everything until bar.update() is training, everything behind it is looking, telling and saving
-    while step < cfg.max_steps:
-        clock = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
-        # Dropout draws from the global generator. Seeding that per step (and rank: other rows, other noise) makes
-        # dropout a function of the step as well.
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
-        batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
-        batch = prepare(batch, seeded(cfg.seed + 1, step))
-        net.train()  # evaluate() and generate() switch to eval mode
-        totals = torch.zeros(2, device=device)
-        for micro in range(cfg.grad_accum):
-            first = micro * cfg.batch_size + rank * share  # this rank's rows of this micro-step
-            part = tuple(t[first:first + share].to(device, non_blocking=True) for t in batch)
-            # Ranks need each other's gradients once per step, behind the last micro-step, not behind each.
-            last = micro == cfg.grad_accum - 1
-            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                with amp:
-                    loss_sum, count, _ = loss_fn(net, part, cfg)
-                loss_sum.backward()
-            totals += torch.stack((loss_sum.detach(), count))                  # (2)
-        if world > 1:
-            dist.all_reduce(totals)
-        # Q: Why not average the micro-batches' mean losses?
-        # A: With padding they count different numbers of tokens, and a mean of means weighs the tokens of short ones
-        #    more. Here each backward() added a SUM of token losses into .grad; one division by the tokens of the whole
-        #    step gives the gradient of the mean over all of them, however they were split. (x world: DDP has divided
-        #    by the number of ranks.)
-        for p in params:
-            if p.grad is not None:
-                p.grad.mul_(world / totals[1])
-        # One bad batch may turn the step but not make it long: g *= min(1, grad_clip / |g|), over all weights together.
-        norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # None and not zeros: saves two passes over memory
-        step, tokens = step + 1, tokens + batch[0].numel()
-        recent.append(torch.stack((totals[0], totals[1], norm)))               # (3)
-        bar.update()
+    with polite_interrupt() as stop:
+        while step < cfg.max_steps:
+            clock = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, cfg)
+            # Dropout draws from the global generator. Seeding that per step (and rank: other rows, other noise) makes
+            # dropout a function of the step as well.
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+            batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
+            batch = prepare(batch, seeded(cfg.seed + 1, step))
+            net.train()  # evaluate() and generate() switch to eval mode
+            totals = torch.zeros(2, device=device)
+            for micro in range(cfg.grad_accum):
+                first = micro * cfg.batch_size + rank * share  # this rank's rows of this micro-step
+                part = tuple(t[first:first + share].to(device, non_blocking=True) for t in batch)
+                # Ranks need each other's gradients once per step, behind the last micro-step, not behind each.
+                last = micro == cfg.grad_accum - 1
+                with contextlib.nullcontext() if world == 1 or last else net.no_sync():
+                    with amp:
+                        loss_sum, count, _ = loss_fn(net, part, cfg)
+                    loss_sum.backward()
+                totals += torch.stack((loss_sum.detach(), count))                  # (2)
+            if world > 1:
+                dist.all_reduce(totals)
+            # Q: Why not average the micro-batches' mean losses?
+            # A: With padding they count different numbers of tokens, and a mean of means weighs the tokens of short
+            #    ones more. Here each backward() added a SUM of token losses into .grad; one division by the tokens of
+            #    the whole step gives the gradient of the mean over all of them, however they were split. (x world: DDP
+            #    has divided by the number of ranks.)
+            for p in params:
+                if p.grad is not None:
+                    p.grad.mul_(world / totals[1])
+            # One bad batch may turn the step but not make it long: g *= min(1, grad_clip / |g|), over all weights
+            # together.
+            norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # None and not zeros: saves two passes over memory
+            step, tokens = step + 1, tokens + batch[0].numel()
+            recent.append(torch.stack((totals[0], totals[1], norm)))               # (3)
+            bar.update()
 
-        # Reading a number means waiting until the GPU has computed it: we look every 10 steps, not at each.
-        final, seen = step == cfg.max_steps, step % cfg.eval_every == 0 or step == cfg.max_steps
-        look = step % 10 == 0 or step == 1 or seen or step % cfg.save_every == 0
-        done = bool(stop)
-        if world > 1:  # ranks must leave the loop behind the same step, or the others wait for them forever
-            votes = torch.tensor(float(done), device=device)
-            dist.all_reduce(votes)
-            done = bool(votes > 0)
-        if look or done:
-            sums = torch.stack(recent).cpu()                                   # (R, 3)
-            bad = (~sums.isfinite().all(1)).nonzero()
-            if len(bad):
-                sys.exit(f"error: loss or gradient is not finite at step {step - len(recent) + int(bad[0]) + 1}; the "
-                         f"last checkpoint is untouched. A lower --lr or --grad-clip may help")
-            # What the columns tell. loss: training loss over the steps since the last line. grad_norm: before clipping;
-            # a sudden tenfold is the first sign of a run about to diverge. lr: what the last update used. tokens: seen
-            # in all. seconds: wall time in all, with evaluations, over all resumes. val_loss: on evaluation steps.
-            row = {"step": step, "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(), "lr": lr_at(step - 1, cfg),
-                   "grad_norm": sums[-1, 2].item(), "tokens": before["tokens"] + tokens}
-            recent = []
-        busy += time.perf_counter() - clock  # time in steps alone; evaluations and checkpoints are not counted
-        if look or done:
-            if step == 1:
-                tqdm.write(f"step     1: train {row['loss']:.4f}   a uniform guess over {cfg.vocab_size:,} tokens "
-                           f"costs ln V = {math.log(cfg.vocab_size):.4f}")
-            if seen:
-                row |= evaluate(model, val_data, cfg, loss_fn)
-                tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}   "
-                           f"{tokens / busy:,.0f} tokens/s")
-            history.append(row | {"seconds": round(before["seconds"] + time.perf_counter() - began, 3)})
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        if rank == 0 and (final or done or step % cfg.save_every == 0):
-            save_checkpoint(path, model, optimizer, step, cfg, {**extra, "history": history})
-            # The history in the checkpoint is the true one; this file is a copy of it for people and plots. Were it
-            # appended to line by line, a killed run would leave lines that no checkpoint knows.
-            lines = "".join(json.dumps(row) + "\n" for row in history)
-            write_atomically(path.with_name("metrics.jsonl"), lambda file, lines=lines: file.write(lines.encode()))
-        if done:
-            bar.close()
-            print(f"interrupted: step {step} is saved in {path}; --resume goes on from there", file=sys.stderr)
-            sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
-        if after_step:
-            after_step(step)
+            # Reading a number means waiting until the GPU has computed it: we look every 10 steps, not at each.
+            final, seen = step == cfg.max_steps, step % cfg.eval_every == 0 or step == cfg.max_steps
+            look = step % 10 == 0 or step == 1 or seen or step % cfg.save_every == 0
+            done = bool(stop)
+            if world > 1:  # ranks must leave the loop behind the same step, or the others wait for them forever
+                votes = torch.tensor(float(done), device=device)
+                dist.all_reduce(votes)
+                done = bool(votes > 0)
+            if look or done:
+                sums = torch.stack(recent).cpu()                                   # (R, 3)
+                bad = (~sums.isfinite().all(1)).nonzero()
+                if len(bad):
+                    worst = step - len(recent) + int(bad[0]) + 1
+                    sys.exit(f"error: loss or gradient is not finite at step {worst}; the last checkpoint is kept. "
+                             f"A lower --lr or --grad-clip may help")
+                # What the columns tell. loss: training loss over the steps since the last line. grad_norm: before
+                # clipping; a sudden tenfold is the first sign of a run about to diverge. lr: what the last update used.
+                # tokens: seen in all. seconds: wall time in all, with evaluations, over all resumes. val_loss: on
+                # evaluation steps.
+                row = {"step": step, "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(), "lr": lr_at(step - 1, cfg),
+                       "grad_norm": sums[-1, 2].item(), "tokens": before["tokens"] + tokens}
+                recent = []
+            busy += time.perf_counter() - clock  # time in steps alone; evaluations and checkpoints are not counted
+            if look or done:
+                if step == 1:
+                    tqdm.write(f"step     1: train {row['loss']:.4f}   a uniform guess over {cfg.vocab_size:,} tokens "
+                               f"costs ln V = {math.log(cfg.vocab_size):.4f}")
+                if seen:
+                    row |= evaluate(model, val_data, cfg, loss_fn)
+                    tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}   "
+                               f"{tokens / busy:,.0f} tokens/s")
+                history.append(row | {"seconds": round(before["seconds"] + time.perf_counter() - began, 3)})
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if rank == 0 and (final or done or step % cfg.save_every == 0):
+                save_checkpoint(path, model, optimizer, step, cfg, {**extra, "history": history})
+                # The history in the checkpoint is the true one; this file is a copy of it for people and plots. Were it
+                # appended to line by line, a killed run would leave lines that no checkpoint knows.
+                lines = "".join(json.dumps(row) + "\n" for row in history)
+                write_atomically(path.with_name("metrics.jsonl"), lambda file, lines=lines: file.write(lines.encode()))
+            if done:
+                bar.close()
+                print(f"interrupted: step {step} is saved in {path}; --resume goes on from there", file=sys.stderr)
+                sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
+            if after_step:
+                after_step(step)
     bar.close()
-    if on_main:
-        signal.signal(signal.SIGINT, default)
     return {"val_loss": next(row["val_loss"] for row in reversed(history) if "val_loss" in row), "history": history,
             "seconds": before["seconds"] + time.perf_counter() - began,
             "tokens_per_second": tokens / busy if busy else None}
@@ -1047,15 +1059,16 @@ def prefill(model, ids, mask, max_len):
 
     A prompt longer than the context keeps its last block_size tokens. state = (cache, the ids in it).
     """
-    ids = ids[:, -model.cfg.block_size:]                                       # (B, T)
+    if mask is not None and bool(mask.all()):
+        mask = None
     if mask is not None:
-        mask = None if bool(mask.all()) else mask[:, -model.cfg.block_size:]
-    B, T = ids.shape
-    cache = KVCache(model.cfg, B, min(max_len, model.cfg.block_size), like=model.lm_head.weight)
-    x = model.hidden(ids, mask, cache)                                         # (B, T, C)
-    # The next token follows each row's last REAL token. Trap: x[:, -1] of a right-padded row is what follows a pad.
-    last = mask.int().mul(torch.arange(1, T + 1, device=ids.device)).argmax(1) if mask is not None else T - 1
-    x = x[torch.arange(B, device=ids.device), last]                            # (B, C)
+        # Move all pads to the left: then every row ends in its last real token, and new tokens join on there.
+        # Trap: reading the last column of right-padded rows; it says what follows a pad.
+        order = mask.int().argsort(dim=1, stable=True)                         # (B, T)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)[:, -model.cfg.block_size:]
+    ids = ids[:, -model.cfg.block_size:]
+    cache = KVCache(model.cfg, len(ids), min(max_len, model.cfg.block_size), like=model.lm_head.weight)
+    x = model.hidden(ids, mask, cache)[:, -1]                                  # (B, C)
     return model.lm_head(x), (cache, ids)  # V logits for B positions and not for B*T: the head is 30 % of GPT-2's work
 
 
@@ -1234,19 +1247,20 @@ def import_weights(model, tensors):
         # The files on the hub were saved from the model without its head: no "transformer." in front.
         name = name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # old files carry the causal mask as a buffer
-            found[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
-    # A tied head may be stored once or twice. Stored twice and different, it is not tied.
-    if not torch.equal(found.setdefault("lm_head.weight", found.get("transformer.wte.weight")),
-                       found.get("transformer.wte.weight", torch.empty(0))):
-        raise ValueError("lm_head.weight differs from transformer.wte.weight; this file implements a tied head only")
+            lying = name.endswith(TRANSPOSED) and tensor.dim() == 2
+            found[name] = (tensor.t() if lying else tensor).float().contiguous()
+    if "transformer.wte.weight" in found:  # a tied head may be stored once or twice
+        found.setdefault("lm_head.weight", found["transformer.wte.weight"])
     wanted = model.state_dict()
     # load_state_dict would name these too, in one block of text for all of them. The first one is what helps.
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise ValueError(f"the weights have no tensor {name}" if name in wanted else f"GPT-2 has no tensor {name}")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
-            turned = " (transposed?)" if tensor.t().shape == wanted[name].shape else ""
+            turned = " (transposed?)" if tensor.shape[::-1] == wanted[name].shape else ""
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}{turned}")
+    if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):  # two tensors: not tied
+        raise ValueError("lm_head.weight differs from transformer.wte.weight; this file implements a tied head only")
     model.load_state_dict(found, assign=True)  # takes the tensors themselves: no second copy of the weights
     model.lm_head.weight = model.transformer.wte.weight  # assigning made them two; one again
 
@@ -1277,13 +1291,18 @@ def from_pretrained(path_or_repo):
     """
     # Three steps, the same for every architecture: config.json says what to build, the names say what goes where, and a
     # test says that the logits agree with the reference implementation (within 1e-4 in float32; here they do).
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(path_or_repo) if Path(path_or_repo).is_dir() else hub_folder(path_or_repo)
     cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
     # On the meta device a model has shapes and no memory: nothing is allocated or drawn that would be replaced at once.
     with torch.device("meta"):
         model = GPT(cfg)
-    import_weights(model, load_file(folder / "model.safetensors"))
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as problem:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged ({problem})") from problem
+    import_weights(model, tensors)
     return model.eval(), cfg
 
 
@@ -1398,6 +1417,14 @@ def stream(tokenizer):
     return on_token
 
 
+def check_prompt(tokenizer, prompt):
+    """End the program with one line if this tokenizer cannot read the prompt."""
+    try:
+        tokenizer.encode(prompt)
+    except ValueError as problem:
+        sys.exit(f"error: --prompt: {problem}")
+
+
 def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=None):
     """Continue `prompt` as cfg says (beams, or temperature / top-k / top-p). -> the new text."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)  # (1, T)
@@ -1431,7 +1458,11 @@ def load_any(cfg):
         model, theirs = from_pretrained(cfg.load)
     except (OSError, ValueError, KeyError) as problem:
         sys.exit(f"error: --load {cfg.load}: no run, no checkpoint and no GPT-2 folder or repository ({problem})")
-    return model, recorded_config(cfg, dataclasses.asdict(theirs), free), load_tokenizer(cfg.load)
+    tokenizer = load_tokenizer(cfg.load)
+    if tokenizer.n_vocab > theirs.vocab_size:
+        sys.exit(f"error: --load {cfg.load}: {theirs.vocab_size} tokens in the weights, {tokenizer.n_vocab} in the "
+                 f"{tokenizer.spec['kind']} tokenizer; they do not belong together")
+    return model, recorded_config(cfg, dataclasses.asdict(theirs), free), tokenizer
 
 
 def main(cfg):
@@ -1446,15 +1477,11 @@ def main(cfg):
         cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
     elif cfg.load:
         model, cfg, tokenizer = load_any(cfg)
-    prompt = cfg.prompt or ("40215=" if cfg.data == "numbers" else "\n")
     if cfg.load and cfg.prompt and not cfg.resume:
         model.to(device)
-        try:
-            tokenizer.encode(prompt)
-        except ValueError as problem:
-            sys.exit(f"error: --prompt: {problem}")
-        print(prompt, end="", flush=True)
-        text = write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens, stream(tokenizer))
+        check_prompt(tokenizer, cfg.prompt)
+        print(cfg.prompt, end="", flush=True)
+        text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, stream(tokenizer))
         print(text if cfg.beams > 1 else "")  # sampled text was streamed; the best beam is known at the end only
         return model, cfg
 
@@ -1469,10 +1496,10 @@ def main(cfg):
     cfg = dataclasses.replace(cfg, data=info["name"], vocab_size=cfg.vocab_size or tokenizer.n_vocab)
     if cfg.vocab_size < tokenizer.n_vocab:
         sys.exit(f"error: --vocab-size {cfg.vocab_size} is less than the {tokenizer.n_vocab} tokens of the data")
-    try:
-        tokenizer.encode(prompt)  # now, not behind an hour of training
-    except ValueError as problem:
-        sys.exit(f"error: --prompt: {problem}")
+    prompt = cfg.prompt or ("40215=" if cfg.data == "numbers" else "\n")
+    if not cfg.prompt and "\n" not in tokenizer.spec.get("chars", "\n"):
+        prompt = tokenizer.spec["chars"][0]  # a text without line ends
+    check_prompt(tokenizer, prompt)  # now, not behind an hour of training
     check_memory(cfg, device)
     out = out_folder(cfg)
     model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)

@@ -1,0 +1,564 @@
+"""The same work, done by a script of this repository and by what a user would otherwise use, side by side in one run.
+
+    python benchmarks/peers.py decoder_only      training step: nanoGPT's loop; generation: nanoGPT, transformers
+    python benchmarks/peers.py bpe_tokenizer     training: minbpe's algorithm, Hugging Face tokenizers; encoding speed
+
+Absolute times depend on the machine and on what else runs on it. So the contenders take turns within one process, the
+number of threads is fixed, and the figure to read is the ratio. Everything goes to results/peers_NAME.json.
+nanoGPT and minbpe are re-implemented here from their descriptions (MIT, A. Karpathy): what counts is that the same
+operations run, in the same order, with the same shapes.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+def load_script(name):
+    """Import one script of the repository by its path."""
+    path = ROOT / f"{name}.py"
+    if not path.is_file():
+        sys.exit(f"error: there is no {path.name} in the repository")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name while it is being executed
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_data():
+    """Point $LLM_DATA at the first folder that holds Tiny Shakespeare. -> its path, or None: the Python docs then."""
+    for folder in (os.environ.get("LLM_DATA"), "data", ROOT / "data", ROOT.parent / "shared" / "data"):
+        if folder and (Path(folder) / "tinyshakespeare.txt").is_file():
+            os.environ["LLM_DATA"] = str(Path(folder).resolve())
+            return Path(folder) / "tinyshakespeare.txt"
+    return None
+
+
+def corpus():
+    """-> (text, its name)."""
+    path = find_data()
+    if path:
+        return path.read_text(encoding="utf-8"), "shakespeare"
+    from pydoc_data.topics import topics
+    return "\n\n".join(topics[key] for key in sorted(topics)), "pydocs"
+
+
+def take_turns(contenders, rounds, warm_up=True):
+    """{name: function() -> seconds} -> {name: [seconds per round]}. The order is reversed in every other round.
+
+    Round 0, the warm-up, is thrown away: caches fill, libraries start their threads, clocks settle.
+    """
+    seconds = {name: [] for name in contenders}
+    for turn in range(0 if warm_up else 1, rounds + 1):
+        order = list(contenders)
+        for name in order if turn % 2 else order[::-1]:
+            taken = contenders[name]()
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def timed(work):
+    """A function that runs `work` and returns the seconds it took."""
+
+    def run():
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return run
+
+
+def times_faster(seconds, ours, theirs):
+    """How many times faster we are: the median over rounds, each round compared with its own neighbour in time."""
+    return statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+
+
+def environment(threads):
+    import torch
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    load = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "system": platform.platform(),
+            "python": platform.python_version(), "torch": torch.__version__, "load_average_at_start": load}
+
+
+def write_json(path, content):
+    """Temporary file, then rename: an interrupted run leaves the old results alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def print_table(title, rows):
+    """rows: (left, right) pairs of text."""
+    width = max(len(left) for left, _ in rows)
+    print(f"\n{title}")
+    for left, right in rows:
+        print(f"  {left:<{width}}  {right}")
+
+
+# --- nanoGPT, re-implemented -----------------------------------------------------------------------------------------
+def nanogpt_class():
+    """-> the model class. Inside a function so that --threads is set before torch is imported."""
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    class LayerNorm(nn.Module):
+        def __init__(self, width, bias):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width))
+            self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+        def forward(self, x):
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+    class Attention(nn.Module):
+        def __init__(self, n_head, width, bias, dropout):
+            super().__init__()
+            self.c_attn = nn.Linear(width, 3 * width, bias=bias)
+            self.c_proj = nn.Linear(width, width, bias=bias)
+            self.resid_dropout = nn.Dropout(dropout)
+            self.n_head, self.width, self.dropout = n_head, width, dropout
+
+        def forward(self, x):
+            B, T, C = x.size()
+            q, k, v = self.c_attn(x).split(self.width, dim=2)
+            k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=True,
+                                               dropout_p=self.dropout if self.training else 0)
+            y = y.transpose(1, 2).contiguous().view(B, T, C)
+            return self.resid_dropout(self.c_proj(y))
+
+    class MLP(nn.Module):
+        def __init__(self, width, bias, dropout, gelu):
+            super().__init__()
+            self.c_fc = nn.Linear(width, 4 * width, bias=bias)
+            self.gelu = gelu
+            self.c_proj = nn.Linear(4 * width, width, bias=bias)
+            self.dropout = nn.Dropout(dropout)
+
+        def forward(self, x):
+            return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+    class Block(nn.Module):
+        def __init__(self, n_head, width, bias, dropout, gelu):
+            super().__init__()
+            self.ln_1 = LayerNorm(width, bias)
+            self.attn = Attention(n_head, width, bias, dropout)
+            self.ln_2 = LayerNorm(width, bias)
+            self.mlp = MLP(width, bias, dropout, gelu)
+
+        def forward(self, x):
+            x = x + self.attn(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x))
+
+    class NanoGPT(nn.Module):
+        def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, bias=False, dropout=0.0, gelu=None):
+            super().__init__()
+            gelu = gelu or nn.GELU()  # the exact form, with erf
+            self.block_size = block_size
+            self.transformer = nn.ModuleDict(dict(
+                wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd), drop=nn.Dropout(dropout),
+                h=nn.ModuleList(Block(n_head, n_embd, bias, dropout, gelu) for _ in range(n_layer)),
+                ln_f=LayerNorm(n_embd, bias)))
+            self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+            self.transformer.wte.weight = self.lm_head.weight
+            for name, p in self.named_parameters():
+                if p.dim() >= 2:
+                    nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(p)
+
+        def forward(self, idx, targets=None):
+            pos = torch.arange(0, idx.size(1), dtype=torch.long, device=idx.device)
+            x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+            for block in self.transformer.h:
+                x = block(x)
+            x = self.transformer.ln_f(x)
+            if targets is None:
+                return self.lm_head(x[:, [-1], :]), None  # generation scores the last position only
+            logits = self.lm_head(x)
+            return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+        @torch.no_grad()
+        def generate(self, idx, max_new_tokens):
+            """Its loop has no cache: every token is a full pass. It samples; argmax stands in, so that runs compare."""
+            for _ in range(max_new_tokens):
+                context = idx if idx.size(1) <= self.block_size else idx[:, -self.block_size:]
+                logits, _ = self(context)
+                idx = torch.cat((idx, logits[:, -1, :].argmax(-1, keepdim=True)), dim=1)
+            return idx
+
+    return NanoGPT
+
+
+class NanoGPTTraining:
+    """nanoGPT's train.py on a CPU: 4 layers, 4 heads, 128 wide, block 64, batch 12, dropout 0, no compile."""
+
+    def __init__(self, ids, vocab_size, folder, block_size=64, batch_size=12, max_iters=2000):
+        import numpy as np
+        import torch
+        self.block_size, self.batch_size, self.max_iters = block_size, batch_size, max_iters
+        self.file = Path(folder) / "train.bin"  # prepare.py writes the ids as 16-bit numbers
+        np.array(ids, dtype=np.uint16).tofile(self.file)
+        torch.manual_seed(1337)
+        self.model = nanogpt_class()(vocab_size, block_size, n_layer=4, n_head=4, n_embd=128)
+        self.model.train()
+        params = list(self.model.parameters())
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        # Fused on CUDA only: on a CPU it passes no `fused` at all and gets PyTorch's default loop.
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.iter, self.loss = 0, math.nan
+
+    def get_batch(self):
+        import numpy as np
+        import torch
+        data = np.memmap(self.file, dtype=np.uint16, mode="r")  # opened anew for each batch: a leak otherwise
+        ix = torch.randint(len(data) - self.block_size, (self.batch_size,))
+        x = torch.stack([torch.from_numpy(data[i:i + self.block_size].astype(np.int64)) for i in ix])
+        y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + self.block_size].astype(np.int64)) for i in ix])
+        return x, y
+
+    def lr(self, it, warmup=100, high=1e-3, low=1e-4):
+        if it < warmup:
+            return high * (it + 1) / (warmup + 1)
+        done = min(1.0, (it - warmup) / (self.max_iters - warmup))
+        return low + 0.5 * (1.0 + math.cos(math.pi * done)) * (high - low)
+
+    def run(self, steps):
+        """-> seconds for `steps` iterations; evaluations and checkpoints, which both loops have, are left out."""
+        import torch
+        x, y = self.get_batch()
+        began = time.perf_counter()
+        for _ in range(steps):
+            lr = self.lr(self.iter)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            _, loss = self.model(x, y)
+            x, y = self.get_batch()  # the next batch, while a GPU would still be busy with this one
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.iter % 10 == 0:
+                self.loss = loss.item()
+            self.iter += 1
+        return time.perf_counter() - began
+
+
+# --- decoder_only.py -------------------------------------------------------------------------------------------------
+def training_step(m, rounds, steps, folder):
+    """Milliseconds per optimizer step, ours and nanoGPT's, on the same characters."""
+    text, name = corpus()
+    # Evaluation and checkpoints lie behind the horizon; what is left of the final ones happens after the last stamp.
+    cfg = m.Config(data=name, out=str(Path(folder) / "ours"), device="cpu", max_steps=steps + 2, eval_every=10 ** 9,
+                   save_every=10 ** 9)
+    train_rows, val_rows, tokenizer, _ = m.make_data(cfg)
+    cfg = m.dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    val_rows = tuple(part[:cfg.batch_size] for part in val_rows)
+    ours = m.build_model(cfg)
+    theirs = NanoGPTTraining(tokenizer.encode(text[:int(0.9 * len(text))]), tokenizer.n_vocab, folder)
+    last = {}
+
+    def our_steps():
+        # train() itself, whole: progress bar, metrics every 10 steps, the callback. It is called behind every step, so
+        # the time from step 1 to step 1 + steps holds just that many steps; step 1, which also sets up the optimizer's
+        # state and prints, is outside, like the construction of the optimizer in the other loop.
+        stamps = {}
+        result = m.train(ours, cfg, train_rows, val_rows, m.compute_loss,
+                         after_step=lambda step: stamps.setdefault(step, time.perf_counter()))
+        last["loss"] = result["history"][-1]["loss"]
+        return stamps[1 + steps] - stamps[1]
+
+    seconds = take_turns({"ours": our_steps, "nanogpt": lambda: theirs.run(steps)}, rounds)
+    milliseconds = {name: statistics.median(times) / steps * 1000 for name, times in seconds.items()}
+    return {"data": name, "rounds": rounds, "steps_per_round": steps,
+            "parameters": {"ours": sum(p.numel() for p in ours.parameters()),
+                           "nanogpt": sum(p.numel() for p in theirs.model.parameters())},
+            "milliseconds_per_step": milliseconds,
+            "tokens_per_second": {name: 12 * 64 / ms * 1000 for name, ms in milliseconds.items()},
+            "milliseconds_per_round": {name: [t / steps * 1000 for t in times] for name, times in seconds.items()},
+            "time_ratio_ours_to_nanogpt": 1 / times_faster(seconds, "ours", "nanogpt"),
+            # Not a comparison of quality (the learning rates differ): it shows that both really train.
+            "last_loss": {"ours": last["loss"], "nanogpt": theirs.loss},
+            "dtype": str(next(ours.parameters()).dtype).removeprefix("torch.")}
+
+
+def generation(m, rounds, new_tokens, folder):
+    """Tokens per second, batch 1, greedy, the same weights: our generate, nanoGPT's, transformers' with its cache."""
+    import torch
+    import torch.nn as nn
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # std 0.3: with small random weights the best two logits nearly tie, and rounding would choose the tokens.
+    cfg = m.Config(vocab_size=65, block_size=320, device="cpu", init_std=0.3)
+    ours = m.build_model(cfg).eval()
+    # nanoGPT with GPT-2's biases and tanh GELU, so that the same weights mean the same model.
+    nano = nanogpt_class()(65, 320, 4, 4, 128, bias=True, gelu=nn.GELU(approximate="tanh")).eval()
+    nano.load_state_dict(ours.state_dict())
+    m.save_pretrained(ours, cfg, Path(folder) / "hf")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").eval()
+    prompt, out = torch.randint(65, (1, 16), generator=torch.Generator().manual_seed(0)), {}
+    mask = torch.ones_like(prompt)
+
+    def with_ours():
+        out["ours"] = m.generate(ours, prompt, new_tokens)
+
+    def with_nanogpt():
+        out["nanogpt"] = nano.generate(prompt, new_tokens)[:, prompt.size(1):]
+
+    def with_transformers():
+        out["transformers"] = hf.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, use_cache=True,
+                                          min_new_tokens=new_tokens, do_sample=False,
+                                          pad_token_id=0)[:, prompt.size(1):]
+
+    seconds = take_turns({"ours": timed(with_ours), "nanogpt": timed(with_nanogpt),
+                          "transformers": timed(with_transformers)}, rounds)
+    assert all(ids.shape == (1, new_tokens) for ids in out.values()), "somebody stopped early: nothing to compare"
+    return {"new_tokens": new_tokens, "rounds": rounds, "transformers_version": transformers.__version__,
+            "tokens_per_second": {name: new_tokens / statistics.median(times) for name, times in seconds.items()},
+            "times_faster_than_nanogpt": times_faster(seconds, "ours", "nanogpt"),
+            "times_faster_than_transformers": times_faster(seconds, "ours", "transformers"),
+            "same_tokens_as_ours": {name: torch.equal(out["ours"], out[name]) for name in ("nanogpt", "transformers")}}
+
+
+def decoder_only(args):
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    m = load_script("decoder_only")
+    rounds, results = args.rounds or 6, {}
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            results["training_step"] = training_step(m, rounds, args.steps, folder)
+        step = results["training_step"]
+        ms, share = step["milliseconds_per_step"], step["time_ratio_ours_to_nanogpt"]
+        print_table(f"Training step, 4 layers, 4 heads, 128 wide, 12 x 64 tokens, {step['data']}, float32", [
+            ("ours (decoder_only.train)", f"{ms['ours']:8.2f} ms   {step['tokens_per_second']['ours']:8,.0f} tokens/s"),
+            ("nanoGPT's loop", f"{ms['nanogpt']:8.2f} ms   {step['tokens_per_second']['nanogpt']:8,.0f} tokens/s"),
+            ("ours / nanoGPT", f"{share:8.3f} of its time")])
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            print("\ngeneration: skipped, transformers is not installed")
+            return results
+        results["generation"] = made = generation(m, rounds, 256, folder)
+    rate, same = made["tokens_per_second"], made["same_tokens_as_ours"]
+    print_table("Greedy generation, 256 new tokens, batch 1, the same model with 320 positions", [
+        ("ours, cached", f"{rate['ours']:8.1f} tokens/s"),
+        ("nanoGPT, no cache", f"{rate['nanogpt']:8.1f} tokens/s   ours is "
+                              f"{made['times_faster_than_nanogpt']:.2f} x as fast   same tokens: {same['nanogpt']}"),
+        ("transformers, cached", f"{rate['transformers']:8.1f} tokens/s   ours is "
+                                 f"{made['times_faster_than_transformers']:.2f} x as fast   "
+                                 f"same tokens: {same['transformers']}")])
+    return results
+
+
+# --- minbpe, re-implemented ------------------------------------------------------------------------------------------
+def minbpe_stats(ids, counts):
+    for pair in zip(ids, ids[1:], strict=False):
+        counts[pair] = counts.get(pair, 0) + 1
+    return counts
+
+
+def minbpe_merge(ids, pair, new):
+    out, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and i < len(ids) - 1 and ids[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def minbpe_train(text, vocab_size, pattern):
+    """RegexTokenizer.train: every piece of the text is a list; each merge counts all of them and rebuilds all of them.
+
+    -> (merges, how many ids the text ended with). Among equal counts the pair that was met first wins.
+    """
+    import regex
+    ids = [list(piece.encode("utf-8")) for piece in regex.findall(regex.compile(pattern), text)]
+    merges, vocab = [], {i: bytes([i]) for i in range(256)}
+    for new in range(256, vocab_size):
+        counts = {}
+        for piece in ids:
+            minbpe_stats(piece, counts)
+        pair = max(counts, key=counts.get)
+        ids = [minbpe_merge(piece, pair, new) for piece in ids]
+        merges.append(pair)
+        vocab[new] = vocab[pair[0]] + vocab[pair[1]]
+    return merges, sum(map(len, ids))
+
+
+def hf_train(text, vocab_size):
+    """Hugging Face tokenizers (Rust) on the same text, with a byte-level alphabet and GPT-4's pattern. -> its version.
+
+    The pattern is the plain form: its regex engine reads {1,3}+ as "one or more times", not as possessive.
+    """
+    import tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    assert tokenizer.get_vocab_size() == vocab_size
+    return tokenizers.__version__
+
+
+def bpe_tokenizer(args):
+    m = load_script("bpe_tokenizer")
+    text, name = corpus()
+    part, size = text[:200_000], len(text.encode())
+    results, rounds, kept = {"data": name}, args.rounds or 3, {}
+
+    # 1. 256 merges on 200,000 characters. No warm-up round: it would cost minbpe a dozen seconds, and plain Python code
+    #    has nothing to warm up but its imports, which the short call here takes care of.
+    m.train(part[:1000], 300)
+
+    def with_ours():
+        kept["ours"] = [tuple(pair) for pair in m.train(part, 512)]
+
+    def with_minbpe():
+        kept["minbpe"] = minbpe_train(part, 512, m.GPT4_PATTERN)
+
+    seconds = take_turns({"ours": timed(with_ours), "minbpe": timed(with_minbpe)}, rounds, warm_up=False)
+    merges, (their_merges, their_length) = kept["ours"], kept["minbpe"]
+    part_bytes = len(part.encode())
+    results["train_512"] = first = {
+        "characters": len(part), "rounds": rounds,
+        "seconds": {who: statistics.median(times) for who, times in seconds.items()}, "seconds_per_round": seconds,
+        "times_faster_than_minbpe": times_faster(seconds, "ours", "minbpe"),
+        # The tie rules differ (smallest pair / first met), so the lists may; the compression should not.
+        "bytes_per_token": {"ours": part_bytes / len(m.BPE(merges).encode_ordinary(part)),
+                            "minbpe": part_bytes / their_length},
+        "same_merges": sum(a == b for a, b in zip(merges, their_merges, strict=False)),
+        "merges": {"ours": len(merges), "minbpe": len(their_merges)}}
+    print_table(f"Training to 512 ids on {len(part):,} characters of {name}", [
+        (label, f"{first['seconds'][who]:9.3f} s   {first['bytes_per_token'][who]:.4f} bytes per token")
+        for label, who in (("ours (bpe_tokenizer.train)", "ours"), ("minbpe's algorithm", "minbpe"))]
+        + [("minbpe / ours", f"{first['times_faster_than_minbpe']:9.1f} x")])
+
+    # 2. 4,096 merges on the whole text, which minbpe would need many minutes for; Hugging Face's trainer in Rust.
+    def ours_large():
+        kept["large"] = m.train(text, 256 + 4096)
+
+    contenders = {"ours": timed(ours_large)}
+    try:
+        import tokenizers  # noqa: F401
+
+        def with_hf():
+            kept["hf"] = hf_train(text, 256 + 4096)
+
+        contenders["tokenizers"] = timed(with_hf)
+    except ImportError:
+        print("\nHugging Face tokenizers is not installed: left out")
+    seconds = take_turns(contenders, rounds)
+    results["train_4096_merges"] = large = {
+        "characters": len(text), "rounds": rounds, "merges": len(kept["large"]),
+        "seconds": {who: statistics.median(times) for who, times in seconds.items()}, "seconds_per_round": seconds}
+    rows = [("ours, pure Python", f"{large['seconds']['ours']:9.3f} s")]
+    if "tokenizers" in seconds:
+        large["tokenizers_version"] = kept["hf"]
+        large["time_ratio_ours_to_tokenizers"] = 1 / times_faster(seconds, "ours", "tokenizers")
+        rows += [("Hugging Face tokenizers, Rust", f"{large['seconds']['tokenizers']:9.3f} s"),
+                 ("ours / tokenizers", f"{large['time_ratio_ours_to_tokenizers']:9.2f} of its time")]
+    print_table(f"{large['merges']:,} merges on {len(text):,} characters", rows)
+
+    # 3. Encoding the whole text with those merges: our Python, and the same merges handed to tiktoken.
+    tokenizer = m.BPE(kept["large"])
+    fast = tokenizer.to_tiktoken()
+
+    def encode_ours():
+        # A fresh object for each round, so that a cache from the round before does not answer.
+        fresh = m.BPE(kept["large"])
+        began = time.perf_counter()
+        kept["ids"] = fresh.encode_ordinary(text)
+        return time.perf_counter() - began
+
+    def encode_tiktoken():
+        began = time.perf_counter()
+        kept["fast_ids"] = fast.encode_ordinary(text)
+        return time.perf_counter() - began
+
+    seconds = take_turns({"ours": encode_ours, "tiktoken": encode_tiktoken}, max(5, rounds))
+    results["encode"] = encode = {
+        "bytes": size, "vocabulary": tokenizer.n_vocab, "bytes_per_token": size / len(kept["ids"]),
+        "same_ids": list(kept["ids"]) == list(kept["fast_ids"]),
+        "megabytes_per_second": {who: size / 1e6 / statistics.median(times) for who, times in seconds.items()},
+        "tiktoken_times_faster": times_faster(seconds, "tiktoken", "ours")}
+    speed = encode["megabytes_per_second"]
+    print_table(f"Encoding {size / 1e6:.2f} MB, {encode['bytes_per_token']:.3f} bytes per token, one thread", [
+        ("ours, pure Python", f"{speed['ours']:9.2f} MB/s"),
+        ("our merges in tiktoken", f"{speed['tiktoken']:9.2f} MB/s   same ids: {encode['same_ids']}")])
+    return results
+
+
+PEERS = {"decoder_only": decoder_only, "bpe_tokenizer": bpe_tokenizer}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser.add_argument("name", choices=list(PEERS), help="the script to measure")
+    parser.add_argument("--threads", type=int, default=2, help="threads for everybody [2]")
+    parser.add_argument("--rounds", type=int, default=0, help="how often each contender has its turn [6; tokenizers 3]")
+    parser.add_argument("--steps", type=int, default=100, help="training steps per round [100]")
+    parser.add_argument("--json", type=Path, help="where the figures go [results/peers_NAME.json in the repository]")
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.rounds < 0 or args.steps < 1:
+        parser.error("--threads and --steps must be at least 1, --rounds 0 or more")
+    # Read by the libraries when they start, so before torch is imported. RAYON: tokenizers' threads.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[variable] = str(args.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.threads > 1 else "false"
+    import torch
+    torch.set_num_threads(args.threads)
+    around = environment(args.threads)
+    print(f"{around['cpu']}, {around['cores']} cores, {args.threads} threads, Python {around['python']}, "
+          f"torch {around['torch']}, load {around['load_average_at_start']}")
+    results = PEERS[args.name](args)
+    path = args.json or ROOT / "results" / f"peers_{args.name}.json"
+    write_json(path, {"benchmark": f"benchmarks/peers.py {args.name}", "environment": around, "results": results})
+    print(f"\nwritten to {path.name}")
+
+
+if __name__ == "__main__":
+    main()

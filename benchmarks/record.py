@@ -1,0 +1,210 @@
+"""Run the scripts as a user would, keep what they reached, and write it where it is quoted.
+
+    python benchmarks/record.py decoder_only bpe_tokenizer toy_dataset     run, write results/<script>.json and pictures
+    python benchmarks/record.py --readme                                   no runs: only refresh what quotes the results
+
+Numbers are never typed: results/*.json come from runs, the `Expect` paragraph and the time in a script's header and the
+README's tables between <!-- begin X --> and <!-- end X --> come from results/*.json. A test checks that they agree.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+# script -> {what: (arguments, seeds)}. Three seeds where a figure is quoted, since one may be lucky.
+RUNS = {
+    "decoder_only": {"shakespeare": ("--data shakespeare", (1337, 1, 2)),
+                     "pydocs": ("--data pydocs", (1337,)),
+                     "numbers": ("--preset numbers", (1337, 1, 2))},
+    "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
+    "toy_dataset": {"default": ("", (1337,))},
+}
+THREADS = 2
+
+
+def write(path, text):
+    """Atomically, so that an interrupted run leaves the old file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def cpu_name():
+    """The processor's name as the system gives it."""
+    if Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        return found[1] if found else platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def run(script, arguments, seed, folder):
+    """One run through the command line. -> (its summary.json, what it printed, the folder with its files)."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments.split(), "--out", str(folder)]
+    command += [] if seed is None else ["--seed", str(seed)]
+    print("  " + " ".join(command[1:]), flush=True)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, capture_output=True, text=True,
+                          cwd=folder.parent)
+    if done.returncode:
+        sys.exit(f"error: {script}.py {arguments} failed:\n{done.stderr[-2000:]}")
+    return json.loads((folder / "summary.json").read_text()), done.stdout
+
+
+def record(script):
+    """All runs of one script -> results/<script>.json and its pictures."""
+    kept = {"environment": {"cpu": cpu_name(), "threads": THREADS, "python": platform.python_version(),
+                            "system": platform.system()}, "runs": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        for what, (arguments, seeds) in RUNS[script].items():
+            for seed in seeds:
+                folder = Path(scratch) / f"{what}-{seed}"
+                summary, printed = run(script, arguments, seed, folder)
+                kept["environment"]["torch"] = summary.pop("torch", kept["environment"].get("torch"))
+                summary["config"].pop("out", None)
+                # The first seed's pictures and its output are the ones that are shown.
+                if seed == seeds[0]:
+                    for figure in summary["figures"]:
+                        name = "" if what == next(iter(RUNS[script])) else f"_{what}"
+                        shutil.copy(folder / figure, RESULTS / f"{script}{name}_{figure}")
+                    # Where the data lay on this machine is nobody's business.
+                    summary["printed"] = re.sub(r" \(/[^)]*\)", "", printed).replace(str(folder), f"runs/{script}")
+                kept["runs"].setdefault(what, []).append(summary)
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / f"{script}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- what quotes the results -----------------------------------------------------------------------------------------
+def results(script):
+    """-> {what: [summaries]} of a script, or None before it was measured."""
+    path = RESULTS / f"{script}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else None
+
+
+def spread(runs, get, form="{:.3f}"):
+    """'1.705 (1.699 to 1.711, 3 seeds)' or, with one run, '1.705'."""
+    values = sorted(map(get, runs))
+    mean = form.format(sum(values) / len(values))
+    if len(values) == 1 or form.format(values[0]) == form.format(values[-1]):
+        return mean + (f" ({len(values)} of {len(values)} seeds)" if len(values) > 1 else "")
+    return f"{mean} ({form.format(values[0])} to {form.format(values[-1])}, {len(values)} seeds)"
+
+
+def minutes(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def expectation(script, runs):
+    """-> (time for the title line, the Expect paragraph)."""
+    if script == "decoder_only":
+        text = runs["shakespeare"]
+        steps = text[0]["config"]["max_steps"]
+        seconds = max(one["seconds"] for one in text)
+        return (f"{minutes(seconds)} on two CPU cores",
+                f"validation loss {spread(text, lambda r: r['val_loss'])} nats per character after {steps:,} steps on "
+                f"Tiny Shakespeare, {runs['pydocs'][0]['val_loss']:.2f} on the Python docs. --preset numbers: "
+                f"{spread(runs['numbers'], lambda r: r['results']['exact_match'], '{:.1%}')} of unseen numbers exactly "
+                f"right in {minutes(max(r['seconds'] for r in runs['numbers']))}")
+    if script == "bpe_tokenizer":
+        one = runs["shakespeare"][0]["results"]
+        last = max(one["bytes_per_token"], key=int)
+        return (f"{minutes(runs['shakespeare'][0]['seconds'])} on one CPU core",
+                f"{one['merges']:,} merges on Tiny Shakespeare in {one['train_seconds']:.1f} s, "
+                f"{one['bytes_per_token'][last]:.2f} bytes per token on held-out text with {int(last):,} tokens")
+    floors = runs["default"][0]["results"]["floors"]
+    return ("seconds on a laptop CPU",
+            "floors, in nats per token: " + "; ".join(f"{floor:.2f} {task}" for task, floor in floors.items()))
+
+
+def refresh_header(source, script, runs):
+    """The script's text with its time and its Expect paragraph as measured."""
+    took, expect = expectation(script, runs)
+    source = re.sub(rf"^(.+python {script}\.py +).+$", lambda found: found[1] + took, source, count=1, flags=re.M)
+    paragraph = textwrap.fill(f"{expect} (results/{script}.json)", 120, initial_indent="Expect   ",
+                              subsequent_indent=" " * 9)
+    return re.sub(r"^Expect .+(?:\n {9}.+)*", lambda _: paragraph, source, count=1, flags=re.M)
+
+
+def table():
+    """The README's table of scripts: the idea, what is new, how long it is, what it reaches."""
+    rows = ["| script | idea | lines | reaches |", "|---|---|---|---|"]
+    for path in sorted(ROOT.glob("*.py"), key=lambda p: list(RUNS).index(p.stem) if p.stem in RUNS else 99):
+        source = path.read_text(encoding="utf-8")
+        idea = " ".join(re.search(r"^Idea +(.+(?:\n {9}.+)*)", source, re.M)[1].split())
+        expect = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", source, re.M)[1].split())
+        rows.append(f"| [`{path.name}`]({path.name}) | {re.split(r'(?<=[.!?]) ', idea)[0]} "
+                    f"| {len(source.splitlines()):,} | {expect} |")
+    return "\n".join(rows)
+
+
+def questions():
+    """The interview index: every `# Q:` of every script, with its line."""
+    out = []
+    for path in sorted(ROOT.glob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        out += [f"\n**{path.name}**\n"]
+        for i, line in enumerate(lines):
+            if line.strip().startswith("# Q: "):
+                text, j = line.strip()[5:], i + 1
+                while not lines[j].strip().startswith("# A:"):  # a question may take several lines
+                    text, j = f"{text} {lines[j].strip().lstrip('# ')}", j + 1
+                out.append(f"- [{text}]({path.name}#L{i + 1})")
+    return "\n".join(out).strip()
+
+
+def printed():
+    """What the default run prints, in short."""
+    runs = results("decoder_only")
+    lines = runs["shakespeare"][0]["printed"].splitlines()
+    first = [line for line in lines if line.startswith(("data:", "model:", "step     1"))]
+    steps = [i for i, line in enumerate(lines) if re.match(r"step +\d\d+:", line)]
+    some = [line for i in (steps[0], steps[len(steps) // 2], steps[-1]) for line in lines[i:i + 2]]
+    return "\n".join(["```", "$ python decoder_only.py", *first, *some, "```"])
+
+
+def peers():
+    """Ratios against the usual alternatives, from results/peers_*.json."""
+    rows = ["| work | against | ratio | measured |", "|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("peers_*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8")).get("readme", []):
+            rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
+def refresh_readme(source):
+    """The README with everything between its markers as it follows from results and scripts."""
+    for name, make in (("TABLE", table), ("OUTPUT", printed), ("PEERS", peers), ("QUESTIONS", questions)):
+        source = re.sub(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
+                        lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", source, flags=re.S)
+    return source
+
+
+def refresh():
+    """Headers first: the README's table quotes them."""
+    for script in RUNS:
+        path = ROOT / f"{script}.py"
+        if runs := results(script):
+            write(path, refresh_header(path.read_text(encoding="utf-8"), script, runs))
+    write(ROOT / "README.md", refresh_readme((ROOT / "README.md").read_text(encoding="utf-8")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", nargs="*", choices=[*RUNS, []], help="which to run")
+    parser.add_argument("--readme", action="store_true", help="run nothing, refresh headers and README")
+    args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for script in args.scripts:
+        record(script)
+    refresh()
+
+
+if __name__ == "__main__":
+    main()
