@@ -450,10 +450,10 @@ def bpe_tokenizer(args):
 
     # 1. 256 merges on 200,000 characters. No warm-up round: it would cost minbpe a dozen seconds, and plain Python code
     #    has nothing to warm up but its imports, which the short call here takes care of.
-    m.train(part[:1000], 300)
+    m.train_bpe(part[:1000], 300)
 
     def with_ours():
-        kept["ours"] = [tuple(pair) for pair in m.train(part, 512)]
+        kept["ours"] = [tuple(pair) for pair in m.train_bpe(part, 512)]
 
     def with_minbpe():
         kept["minbpe"] = minbpe_train(part, 512, m.GPT4_PATTERN)
@@ -472,12 +472,12 @@ def bpe_tokenizer(args):
         "merges": {"ours": len(merges), "minbpe": len(their_merges)}}
     print_table(f"Training to 512 ids on {len(part):,} characters of {name}", [
         (label, f"{first['seconds'][who]:9.3f} s   {first['bytes_per_token'][who]:.4f} bytes per token")
-        for label, who in (("ours (bpe_tokenizer.train)", "ours"), ("minbpe's algorithm", "minbpe"))]
+        for label, who in (("ours (bpe_tokenizer.train_bpe)", "ours"), ("minbpe's algorithm", "minbpe"))]
         + [("minbpe / ours", f"{first['times_faster_than_minbpe']:9.1f} x")])
 
     # 2. 4,096 merges on the whole text, which minbpe would need many minutes for; Hugging Face's trainer in Rust.
     def ours_large():
-        kept["large"] = m.train(text, 256 + 4096)
+        kept["large"] = m.train_bpe(text, 256 + 4096)
 
     contenders = {"ours": timed(ours_large)}
     try:

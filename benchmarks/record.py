@@ -171,10 +171,18 @@ def printed():
 
 def peers():
     """Ratios against the usual alternatives, from results/peers_*.json."""
-    rows = ["| work | against | ratio | measured |", "|---|---|---|---|"]
-    for path in sorted(RESULTS.glob("peers_*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8")).get("readme", []):
-            rows.append("| " + " | ".join(row) + " |")
+    rows = ["| work | against | result |", "|---|---|---|"]
+    if (path := RESULTS / "peers_decoder_only.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        step, made = got["training_step"], got["generation"]
+        rows += [f"| training step, laptop preset | nanoGPT's loop | {step['time_ratio_ours_to_nanogpt']:.2f} of its time |",
+                 f"| greedy generation, 256 tokens | nanoGPT's `generate`, no cache | "
+                 f"{made['times_faster_than_nanogpt']:.1f} times as fast |",
+                 f"| the same | `transformers` `generate`, cached | "
+                 f"{made['times_faster_than_transformers']:.1f} times as fast |"]
+    if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows += peers_bpe(got)
     return "\n".join(rows)
 
 
@@ -197,9 +205,12 @@ def refresh():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", choices=[*RUNS, []], help="which to run")
+    parser.add_argument("scripts", nargs="*", help=f"which to run: {', '.join(RUNS)}")
     parser.add_argument("--readme", action="store_true", help="run nothing, refresh headers and README")
     args = parser.parse_args()
+    for script in args.scripts:
+        if script not in RUNS:
+            parser.error(f"{script} is none of {', '.join(RUNS)}")
     RESULTS.mkdir(exist_ok=True)
     for script in args.scripts:
         record(script)

@@ -130,7 +130,7 @@ def check_training(m, text, vocab_size, pattern):
     """train == train_slow == oracle, with the counts and bytes that on_merge reports. -> the merges."""
     expected = oracle_train(text, vocab_size, pattern)
     told = []
-    fast = as_pairs(m.train(text, vocab_size, pattern, on_merge=lambda *report: told.append(report)))
+    fast = as_pairs(m.train_bpe(text, vocab_size, pattern, on_merge=lambda *report: told.append(report)))
     assert fast == [pair for pair, _ in expected]
     assert as_pairs(m.train_slow(text, vocab_size, pattern)) == fast
     known = oracle_bytes(fast)
@@ -177,7 +177,7 @@ def mixed_text(rng, length, assigned=True):
 @pytest.fixture(scope="module")
 def merges(m):
     """About 350 merges learned from English with some of everything else in it."""
-    return as_pairs(m.train(python_docs(0, 60_000) + 3 * MULTILINGUAL, 600))
+    return as_pairs(m.train_bpe(python_docs(0, 60_000) + 3 * MULTILINGUAL, 600))
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +262,10 @@ def test_training_equals_the_oracle_on_shakespeare(m, data_dir):
 
 def test_the_default_pattern_is_gpt4s(m):
     text = "x=1;\n    y=12345;\n" * 20  # the patterns cut this differently
-    for train in (m.train, m.train_slow):
+    for train in (m.train_bpe, m.train_slow):
         assert as_pairs(train(text, 290)) == as_pairs(train(text, 290, m.GPT4_PATTERN))
         assert as_pairs(train(text, 290)) != as_pairs(train(text, 290, m.GPT2_PATTERN))
-    merges = m.train(text, 290)
+    merges = m.train_bpe(text, 290)
     assert list(m.BPE(merges).encode(text)) == list(m.BPE(merges, m.GPT4_PATTERN).encode(text))
 
 
@@ -274,7 +274,7 @@ def test_4096_merges_on_shakespeare_in_seconds(m, data_dir):
     text = (data_dir / "tinyshakespeare.txt").read_text(encoding="utf-8")
     counts = []
     began = time.perf_counter()
-    merges = as_pairs(m.train(text, 256 + 4096, on_merge=lambda i, pair, new, count: counts.append(count)))
+    merges = as_pairs(m.train_bpe(text, 256 + 4096, on_merge=lambda i, pair, new, count: counts.append(count)))
     assert time.perf_counter() - began < 30
     assert len(merges) == len(set(merges)) == len(counts) == 4096
     assert len(set(oracle_bytes(merges))) == 256 + 4096, "two ids spell the same bytes: tiktoken cannot hold them"
@@ -296,7 +296,7 @@ def test_all_4096_merges_equal_the_oracle(m, data_dir):
     text = (data_dir / "tinyshakespeare.txt").read_text(encoding="utf-8")
     expected = oracle_train_arrays(text, 256 + 4096, m.GPT4_PATTERN)
     assert expected[:100] == oracle_train(text, 356, m.GPT4_PATTERN, unique=True)
-    assert as_pairs(m.train(text, 256 + 4096)) == [pair for pair, _ in expected]
+    assert as_pairs(m.train_bpe(text, 256 + 4096)) == [pair for pair, _ in expected]
 
 
 def test_the_two_oracles_agree(m):
@@ -309,30 +309,30 @@ def test_the_two_oracles_agree(m):
 # --- training: edges -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text", ["", "a", "é", "ab", "\n", " ", "🙂"])
 def test_texts_too_short_to_learn_from(m, text):
-    assert list(m.train(text, 1000)) == list(m.train_slow(text, 1000)) == []
+    assert list(m.train_bpe(text, 1000)) == list(m.train_slow(text, 1000)) == []
     tokenizer = m.BPE([])
     assert list(tokenizer.encode(text)) == list(text.encode())
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_vocabulary_of_bytes_only(m):
-    assert list(m.train("aaaa bbbb", 256)) == list(m.train_slow("aaaa bbbb", 256)) == []
+    assert list(m.train_bpe("aaaa bbbb", 256)) == list(m.train_slow("aaaa bbbb", 256)) == []
     assert m.BPE([]).n_vocab == 256
 
 
 @pytest.mark.parametrize("vocab_size", [255, 0, -1])
 def test_vocabulary_smaller_than_the_bytes_is_refused(m, vocab_size):
-    for train in (m.train, m.train_slow):
+    for train in (m.train_bpe, m.train_slow):
         with pytest.raises(ValueError):
             train("some text", vocab_size)
 
 
 def test_a_smaller_vocabulary_is_a_prefix_of_a_larger_one(m):
     text = python_docs(50_000, 30_000)
-    large = as_pairs(m.train(text, 400))
+    large = as_pairs(m.train_bpe(text, 400))
     assert len(large) == 144
     for vocab_size in (256, 257, 300, 399):
-        assert as_pairs(m.train(text, vocab_size)) == large[:vocab_size - 256]
+        assert as_pairs(m.train_bpe(text, vocab_size)) == large[:vocab_size - 256]
 
 
 @pytest.mark.parametrize("text", ["a" * 25_000, "ab" * 12_500, "random"])
@@ -342,7 +342,7 @@ def test_one_piece_of_25000_characters_stays_fast(m, text):
         text = "".join(random.Random(0).choices("abcd", k=25_000))
     assert pieces_of(m.GPT4_PATTERN, text) == [text]
     began = time.perf_counter()
-    merges = as_pairs(m.train(text, 512))
+    merges = as_pairs(m.train_bpe(text, 512))
     trained = time.perf_counter() - began
     tokenizer = m.BPE(merges)
     began = time.perf_counter()
@@ -392,7 +392,7 @@ def test_encoding_equals_the_definition(m, pattern):
     for seed in range(8):
         rng = random.Random(seed)
         corpus = text_with_runs(rng, 200) if seed % 2 else 2 * MULTILINGUAL + mixed_text(rng, 300)
-        merges = as_pairs(m.train(corpus, 256 + rng.choice([5, 40, 120]), pattern))
+        merges = as_pairs(m.train_bpe(corpus, 256 + rng.choice([5, 40, 120]), pattern))
         assert merges
         tokenizer = m.BPE(merges, pattern)
         texts = ["", "a", "aaaa", corpus[:600], text_with_runs(rng, 100), mixed_text(rng, 100, assigned=False),
@@ -409,7 +409,7 @@ def test_encoding_the_training_text_gives_what_training_left(m):
     """Encoding replays the merges: the ids are those that the trainer ended with."""
     text = python_docs(30_000, 10_000)
     pieces = [list(word.encode()) for word in pieces_of(m.GPT4_PATTERN, text)]
-    merges = as_pairs(m.train(text, 350))
+    merges = as_pairs(m.train_bpe(text, 350))
     for i, pair in enumerate(merges):
         pieces = [replace_pair(ids, pair, 256 + i) for ids in pieces]
     assert list(m.BPE(merges).encode(text)) == [i for ids in pieces for i in ids]
@@ -545,7 +545,7 @@ def test_tiktoken_encodes_identically(m, pattern):
     for seed in range(4):
         rng = random.Random(seed)
         corpus = [python_docs(10_000, 40_000), 4 * MULTILINGUAL, mixed_text(rng, 3000), text_with_runs(rng, 2000)][seed]
-        tokenizer = m.BPE(m.train(corpus, 700, pattern), pattern)
+        tokenizer = m.BPE(m.train_bpe(corpus, 700, pattern), pattern)
         fast = tokenizer.to_tiktoken()
         assert fast.n_vocab == tokenizer.n_vocab
         for text in (corpus, python_docs(300_000, 20_000), MULTILINGUAL, "", "a", text_with_runs(rng, 500),

@@ -1251,6 +1251,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         cls, header = type(self), self.headers.get("Range")
         cls.asked.append(header)
         start = int(re.match(r"bytes=(\d+)-", header)[1]) if header and cls.ranges else 0
+        if self.path != "/file.bin":
+            self.send_error(404)
+            return
         if start >= len(cls.content):
             self.send_error(416)
             return
@@ -1308,11 +1311,13 @@ def test_fetch_continues_a_broken_download(m, server, tmp_path, ranges):
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
-def test_fetch_recovers_from_a_stale_part(m, server, tmp_path):
-    """A partial file that is longer than the real one: the second attempt, at the latest, succeeds."""
+@pytest.mark.parametrize("kind", ["whole", "too long", "other bytes"])
+def test_fetch_recovers_from_a_strange_part(m, server, tmp_path, kind):
+    """Killed just before the rename, or left by another version: the second attempt, at the latest, succeeds."""
     handler, url = server
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "file.bin.part").write_bytes(b"x" * 300_000)
+    left = {"whole": handler.content, "too long": handler.content + b"x", "other bytes": b"x" * 300}[kind]
+    (tmp_path / "data" / "file.bin.part").write_bytes(left)
     try:
         path = m.fetch("file.bin", url, digest(handler.content))
     except OSError:
@@ -1331,11 +1336,9 @@ def test_fetch_refuses_a_wrong_hash(m, server, tmp_path):
 
 
 def test_fetch_refuses_a_missing_page(m, server, tmp_path):
-    handler, url = server
-    handler.content = b""  # the handler then answers with an error
     with pytest.raises(OSError):
-        m.fetch("file.bin", url, "")
-    assert not (tmp_path / "data" / "file.bin").exists()
+        m.fetch("file.bin", server[1] + ".old", "")
+    assert not list((tmp_path / "data").iterdir())  # an error page is no file, nor the beginning of one
 
 
 def test_fetch_looks_into_llm_data_first(m, tmp_path, monkeypatch):
