@@ -38,6 +38,7 @@ import torch.nn.functional as F
 
 
 # --- 1. Config: how much to show -------------------------------------------------------------------------------------
+# Sections have the same numbers in all scripts; this one has no use for the others.
 @dataclass
 class Config:
     """All settings. Raises ValueError for impossible values."""
@@ -45,7 +46,7 @@ class Config:
     out: str = "runs/toy_dataset"   # folder for summary.json and the picture
     seed: int = 1337                # decides which numbers are drawn and which tokens are masked
     batch_size: int = 5             # rows of the batches that are printed and drawn
-    label_smoothing: float = 0.1    # the amount whose effect on the floor is shown
+    label_smoothing: float = 0.1    # share of the target spread over wrong tokens; its effect on the floor is shown
 
     def __post_init__(self):
         if not 1 <= self.batch_size <= 100:
@@ -57,6 +58,7 @@ class Config:
 PRESETS = {"default": {}}
 
 
+# Plumbing, the same in every script. First reading: skip.
 def parse_config(cls, presets, argv=None):
     """Command line -> cls. Every field is a flag (--n-layer 6, --no-compile); explicit flags win over --preset NAME.
 
@@ -77,9 +79,11 @@ def parse_config(cls, presets, argv=None):
                             help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     try:
-        return cls(**{**presets[given.pop("preset")], **given})
+        cfg = cls(**{**presets[given.pop("preset")], **given})
     except ValueError as problem:
         sys.exit(f"error: {problem}")
+    cfg.given = frozenset(given)  # a flag that repeats a default was still asked for: --resume must not ignore it
+    return cfg
 
 
 # --- 4. Data: from a number to a batch -------------------------------------------------------------------------------
@@ -135,7 +139,10 @@ def is_validation(n):
 
 
 def draw_numbers(count, seed, validation):
-    """-> list of numbers from one split, with repeats; each length of 1 to 6 digits is equally likely."""
+    """-> list of numbers from one split, with repeats. Each length of 1 to 6 digits is proposed equally often.
+
+    The hash holds out no one-digit number and 5 of the 90 two-digit ones: validation hardly tests short numbers.
+    """
     # Trap: drawing n uniformly from 0..999,999 makes nine in ten six digits long; short numbers are then never learned.
     rng, numbers = random.Random(seed), []
     while len(numbers) < count:
@@ -173,19 +180,16 @@ def pad_rows(rows, side="right", value=PAD):
     return torch.tensor(full), mask
 
 
-# --- the three masks. True = may attend; the other convention (True = hide) is as common, so always say which.
+# --- the three masks. True = may attend (may read from that column); the other convention is as common: always say
+# which.
+# Q: Which mask hides what?
+# A: Padding: columns without content, from everybody. Causal: columns to the right, in a decoder. A padded decoder
+#    needs both. Cross-attention takes the SOURCE's padding and no triangle. With heads: mask[:, None], (B, 1, T, S).
 def padding_mask(mask):
     """(B, T) real tokens -> (B, 1, T): nobody looks at a pad. For an encoder: all real tokens see each other."""
     return mask[:, None, :]                                                    # (B, 1, T)
 
 
-# Everything below reads from and adds to one tensor, the residual stream x (B, T, C): C numbers per token, which start
-# as "what am I, where do I stand" and end as "what comes next".
-#
-#     ids --wte+wpe--> x ---+------------------> + ---+-----------------> + --> ... --> ln_f --lm_head--> logits
-#                           |                    ^    |                   ^
-#                           +-> ln_1 -> attn ----+    +-> ln_2 -> mlp ----+        (one of L blocks)
-#                               tokens talk               each token thinks
 # A picture of the mask for T = S = 4 (x = may attend). Row t is a training exercise of its own, "given tokens 0..t,
 # what is t+1": without the mask row t would find its answer in column t+1 and the loss would fall to 0 by copying.
 #     key     0 1 2 3
@@ -199,8 +203,9 @@ def causal_mask(T, S, device=None):
     With a cache there are more keys (S) than queries (T), and the triangle is aligned at the bottom right:
     T=2, S=4 gives [[1,1,1,0],[1,1,1,1]].
     """
-    # Trap: aligning at the top left (what is_causal=True does when T < S) lets the last query see one key only.
-    # Symptom: the text is fine without a cache and falls apart with chunked prefill.
+    # tril(k) keeps column <= row + k. With k = S - T even query 0 sees the S - T tokens before it.
+    # Trap: aligning at the top left (what is_causal=True does when T < S): query t then sees keys 0..t only, and a
+    # single new token nothing but the first one. Symptom: good text without a cache, nonsense with it.
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)       # (T, S)
 
 
@@ -237,7 +242,8 @@ def encoder_pairs(numbers, seed):
         named = n if rng.random() < 0.5 else near_miss(n, rng)
         first, second = [CLS] + encode_words(str(n)) + [SEP], encode_words(number_to_words(named)) + [SEP]
         rows.append(first + second)
-        # Which side a token is on: BERT adds an embedding of it, since both sides share the positions' row of numbers.
+        # segments say which side a token is on: BERT adds an embedding of it, since positions are numbered straight
+        # through both sides.
         segments.append([0] * len(first) + [1] * len(second))
         match.append(int(named == n))
     ids, mask = pad_rows(rows)                                                 # (R, T) each
@@ -292,6 +298,7 @@ def seq2seq_pairs(numbers):
     #     targets  forty  two    \n
     source, source_mask = pad_rows([encode_words(str(n)) + [EOS] for n in numbers])
     targets, mask = pad_rows([encode_words(number_to_words(n)) + [EOS] for n in numbers])
+    # (1, 0): one column in front, none at the end.
     tgt = F.pad(targets[:, :-1], (1, 0), value=PAD)                            # (R, T)
     return {"source": source, "source_mask": source_mask, "tgt": tgt, "targets": targets.masked_fill(~mask, IGNORE)}
 
@@ -306,14 +313,15 @@ def batches(data, batch_size, seed):
 # --- floors: the loss of a model that knows everything there is to know
 # Q: What loss would a perfect model have?
 # A: The entropy of what nobody can know. A translation is determined by its source: 0. Digits drawn at random are not:
-#    ln 10 each. A toy set of random symbols whose "loss should go below 1" cannot get there; nobody had computed the
-#    floor.
+#    about ln 10 = 2.3 each and the length; digit_floor() has it exactly. A toy set of random symbols whose "loss should
+#    go below 1" cannot get there; nobody had computed the floor.
 def digit_floor(validation=False):
     """Entropy of a drawn number, in nats: what nobody can know about its digits, however good the model.
 
     draw_numbers picks a length, then a number of that length, and keeps it if it is in the split. So with N(d) numbers
     of length d in the split, P(d) ~ N(d) / (all numbers of length d), and the entropy is H(P) + sum P(d) ln N(d).
     """
+    # Of the drawn numbers of length d only the share in this split is kept, so lengths with few such numbers get rarer.
     # Exact, by asking the hash a million times: about a second.
     count = Counter(len(str(n)) for n in range(1_000_000) if is_validation(n) == validation)
     share = {d: count[d] / (10 if d == 1 else 9 * 10 ** (d - 1)) for d in count}
@@ -337,28 +345,25 @@ def smoothing_floor(epsilon, V):
     better than the target itself, and its entropy is the floor (Szegedy et al. 2015, arXiv 1512.00567, section 7).
     """
     # Q: What does label smoothing do to the loss?
-    # A: It lifts the floor from 0 to what this returns: 0.69 nats for epsilon 0.1 and 46 tokens. A loss that "sticks at
-    #    0.69" is then a perfect one. Judge by exact match, or report the loss without smoothing.
+    # A: It lifts the floor from 0 to what this returns: 0.6927 for epsilon 0.1 and 46 tokens (not ln 2). A loss that
+    #    "sticks at 0.69" is then a perfect one. Judge by exact match, or report the loss without smoothing.
     right, other = 1 - epsilon + epsilon / V, epsilon / V
     return -right * math.log(right) - (V - 1) * (other * math.log(other) if other else 0.0)
 
 
 # --- 8. Main: show it ------------------------------------------------------------------------------------------------
 # Q: A program can be killed at any moment, also in the middle of writing its checkpoint. What is on the disk then?
-# A: With open(path, "w"), half a file, and the good one of before is gone. With the function below always a whole one.
+# A: With open(path, "w"), half a file, and the previous good one is gone. With the function below always a whole one.
 def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, then rename: `path` holds old or new bytes, never half.
-
-    A rename inside one folder is one operation for the file system; fsync first makes sure the bytes are on the disk.
-    """
+    """Call write(file) on a temporary file beside `path`, then rename it: one operation for the file system."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")  # always the same name: a killed run leaves one behind at most
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # first the bytes on the disk, then the name: a power cut may come in between
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -382,7 +387,7 @@ def show(name, tensor):
 
 
 def draw_masks(path, ids, mask):
-    """One padded batch and what each mask lets its first row see, as a picture."""
+    """One padded batch and what each mask lets its shortest row see, as a picture."""
     import matplotlib
     matplotlib.use("Agg")  # draws into files; no window, so it works on a server
     import matplotlib.pyplot as plt
@@ -423,6 +428,7 @@ def main(cfg):
           f"{len(set(train) & set(held_out))}. Digits: "
           + ", ".join(f"{d}: {lengths[d] / len(train):.0%}" for d in range(1, 7)))
 
+    # One-digit numbers are missing among them: the hash holds out none.
     # 2. The same numbers in three forms. A dot is padding, a dash is a target that does not count.
     numbers = held_out[:cfg.batch_size]
     bert = encoder_pairs(numbers, cfg.seed)
@@ -432,6 +438,7 @@ def main(cfg):
     show("targets", wanted)
     print(f"  segments {tuple(bert['segments'].shape)}, first row: {bert['segments'][0].tolist()}\n"
           f"  match {tuple(bert['match'].shape)} {bert['match'].tolist()}")
+    # segments: 0 = digits' side, 1 = words' side. match: 1 = the same number, 0 = the name of a near miss.
     gpt = decoder_lines(numbers)
     print("\nDecoder-only: every word from everything on its left")
     show("inputs", gpt["inputs"])
@@ -441,7 +448,8 @@ def main(cfg):
     for name in ("source", "tgt", "targets"):
         show(name, t5[name])
 
-    # 3. A last look at what training would see.
+    # 3. A last look at what training would see. Padding is computed like anything else and thrown away. Sorting rows by
+    # length before cutting would save most of it, at the price of batches that are less random.
     data = decoder_lines(train[:1000])
     sizes = [len(batch["inputs"]) for batch in batches(data, 64, cfg.seed)]
     used = data["mask"].float().mean().item()
@@ -454,10 +462,11 @@ def main(cfg):
     assert all(words_to_number(number_to_words(n)) == n for n in held_out)
     floors = {"words after digits (decoder-only, encoder-decoder)": 0.0,
               "one hidden token of a full pair (encoder-only)": 0.0,
-              "match or no match (encoder-only)": 0.0,
+              "match or no match, per row (encoder-only)": 0.0,
               "all tokens of a line (decoder-only)": all_tokens_floor(train),
               f"words after digits, label smoothing {cfg.label_smoothing}":
                   smoothing_floor(cfg.label_smoothing, len(TOY_VOCAB))}
+    # Trap: calling a loss near its floor "stuck". Compare with this table before you change the model.
     print(f"\nFloors: what a perfect model pays, in nats per token (a uniform guess: ln {len(TOY_VOCAB)} = "
           f"{math.log(len(TOY_VOCAB)):.2f})")
     for task, floor in floors.items():

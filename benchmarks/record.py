@@ -175,14 +175,21 @@ def peers():
     if (path := RESULTS / "peers_decoder_only.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         step, made = got["training_step"], got["generation"]
-        rows += [f"| training step, laptop preset | nanoGPT's loop | {step['time_ratio_ours_to_nanogpt']:.2f} of its time |",
+        rows += [f"| training step, laptop preset | nanoGPT's loop | "
+                 f"{step['time_ratio_ours_to_nanogpt']:.2f} of its time |",
                  f"| greedy generation, 256 tokens | nanoGPT's `generate`, no cache | "
                  f"{made['times_faster_than_nanogpt']:.1f} times as fast |",
                  f"| the same | `transformers` `generate`, cached | "
                  f"{made['times_faster_than_transformers']:.1f} times as fast |"]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
-        rows += peers_bpe(got)
+        small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]
+        rows += [f"| BPE training, 200 kB to 512 tokens | minbpe's algorithm | "
+                 f"{small['times_faster_than_minbpe']:.0f} times as fast |",
+                 f"| BPE training, 1.1 MB, 4,096 merges, pure Python | Hugging Face `tokenizers`, Rust | "
+                 f"{large['time_ratio_ours_to_tokenizers']:.1f} of its time ({large['seconds']['ours']:.1f} s) |",
+                 f"| encoding with our merges | tiktoken, Rust | {speed['ours']:.1f} MB/s in Python, "
+                 f"{speed['tiktoken']:.0f} MB/s handed to tiktoken |"]
     return "\n".join(rows)
 
 
