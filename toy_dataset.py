@@ -180,8 +180,7 @@ def pad_rows(rows, side="right", value=PAD):
     return torch.tensor(full), mask
 
 
-# --- the three masks. True = may attend (may read from that column); the other convention is as common: always say
-# which.
+# The three masks. True = may attend (may read from that column); the other convention is as common: always say which.
 # Q: Which mask hides what?
 # A: Padding: columns without content, from everybody. Causal: columns to the right, in a decoder. A padded decoder
 #    needs both. Cross-attention takes the SOURCE's padding and no triangle. With heads: mask[:, None], (B, 1, T, S).
@@ -217,7 +216,7 @@ def both_masks(mask):
     return padding_mask(mask) & causal_mask(T, T, mask.device)                 # (B, T, T)
 
 
-# --- three framings of the same pairs. Each returns a dict of (R, ...) tensors: a collate function.
+# Three framings of the same pairs. Each returns a dict of (R, ...) tensors: a collate function.
 def near_miss(n, rng):
     """A number that is easily taken for n: one digit changed, or at most 20 away. Never n itself."""
     # An easy negative (any other number) is spotted by its length alone. These have to be read digit by digit.
@@ -310,7 +309,7 @@ def batches(data, batch_size, seed):
         yield {name: tensor[index] for name, tensor in data.items()}
 
 
-# --- floors: the loss of a model that knows everything there is to know
+# Floors: the loss of a model that knows everything there is to know
 # Q: What loss would a perfect model have?
 # A: The entropy of what nobody can know. A translation is determined by its source: 0. Digits drawn at random are not:
 #    about ln 10 = 2.3 each and the length; digit_floor() has it exactly. A toy set of random symbols whose "loss should
