@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-BYTE-PAIR ENCODING IN ONE FILE                   python bpe_tokenizer.py            seconds on a laptop CPU
+BYTE-PAIR ENCODING IN ONE FILE                   python bpe_tokenizer.py            3 s on one CPU core
 
 Paper    Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units, arXiv 1508.07909;
          on bytes: Radford et al. 2019 (GPT-2), section 2.2
@@ -15,7 +15,8 @@ Idea     Start with 256 tokens, the bytes. Count which two stand side by side mo
 Picture  text -> pieces (a regex: words, numbers, spaces) -> bytes -> merges, lowest rank first -> ids
          "low lower" -> "low", " lower" -> l o w, _ l o w e r -> lo w -> low ...
 Not here WordPiece (encoder_only.py), SentencePiece and its unigram model, normalisation (NFC): BPE on bytes needs none
-Expect   not measured yet
+Expect   3,840 merges on Tiny Shakespeare in 0.4 s, 3.24 bytes per token on held-out text with 4,096 tokens
+         (results/bpe_tokenizer.json)
 Asked    Why bytes and not characters?   Why split before merging?   Why is a model bad at spelling and sums?
          Why is the fast trainer fast?   Larger vocabulary: what is gained, what is lost?   (grep "# Q:")
 """
@@ -264,7 +265,7 @@ class BPE:
         # learned later, so they have higher ranks. The lowest rank present never goes back.
         ids = list(piece.encode().translate(self.to_id))
         # A linked list: merging i with its right neighbour makes that one disappear without moving all behind it.
-        #     ids 10 11 12, merge 0 with 1:  ids 20 None 12   right[0] = 2   left[2] = 0. None has been swallowed.
+        #     ids 10 11 12, merge 0 with 1:  ids 20 None 12   right[0] = 2   left[2] = 0. None: swallowed.
         right, left = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
         heap = [(self.ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:], strict=False)) if pair in self.ranks]
         heapq.heapify(heap)
@@ -546,7 +547,7 @@ def main(cfg):
             sys.exit(f"error: --load {cfg.load}: no tokenizer.json of this script ({problem})")
         print(f"{cfg.sentence}\n{show_tokens(bpe, cfg.sentence)}\n{bpe.encode_ordinary(cfg.sentence)}")
         return bpe, cfg
-    out, pattern = out_folder(cfg), PATTERNS[cfg.pattern]
+    started, out, pattern = time.perf_counter(), out_folder(cfg), PATTERNS[cfg.pattern]
     text, name, about = load_text(cfg.data)
     cut = int(0.9 * len(text))  # compression on the training text itself would flatter
     learn, held_out = text[:cut], text[cut:]
@@ -648,7 +649,7 @@ def main(cfg):
     # per token falls when tokens get shorter, with no model being any better.
     results = {"train_seconds": seconds, "merges": len(merges),
                "bytes_per_token": {str(size): value for size, value in zip(sizes, unseen, strict=True)}}
-    summary = {"config": dataclasses.asdict(cfg), "seconds": seconds, "figures": ["bytes_per_token.png"],
+    summary = {"config": dataclasses.asdict(cfg), "seconds": time.perf_counter() - started, "figures": ["bytes_per_token.png"],
                "data": {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}, "results": results}
     write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
     # The expectation is printed from the header, where measured runs write it: one place, no second copy to go stale.

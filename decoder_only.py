@@ -6,7 +6,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-GPT-2 IN ONE FILE                                python decoder_only.py             2 min on a laptop CPU
+GPT-2 IN ONE FILE                                python decoder_only.py             85 s on two CPU cores
 
 Paper    Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2); the block is the decoder of
          Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762, with the norms moved in front (pre-norm)
@@ -20,7 +20,9 @@ Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H he
          L layers   N new tokens   K beams   M candidates   R rows
 New here everything: this is the parent of the family. The other scripts are read as a difference from this one.
 Not here RoPE, RMSNorm, grouped queries (llama3.py), fast decoding rung by rung (kv_cache.py), alignment (dpo.py)
-Expect   not measured yet
+Expect   validation loss 1.696 (1.694 to 1.698, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare, 1.24
+         on the Python docs. --preset numbers: 100.0% (3 of 3 seeds) of unseen numbers exactly right in 17 s
+         (results/decoder_only.json)
 Asked    Why divide by sqrt(D)?   What does the mask cost?   Why is the head tied?   What does the KV cache save?
          Why is the first loss about ln V?   Why not average the micro-batches' means?   What is top-p?   (grep "# Q:")
 """
@@ -263,8 +265,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, 2))  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update(layer, k, v)                                   # (B, H, S, D) each
-        # Why q and k and not one vector for both? x.x is symmetric and largest with oneself; "a verb looks for its
-        # subject" is neither. Two projections let what a token seeks differ from what it offers.
+        # Q: Why q and k and not one vector for both?
+        # A: x.x is symmetric and largest with oneself; "a verb looks for its subject" is neither. Two projections let
+        #    what a token seeks differ from what it offers, for C*C = 16,384 weights more per layer here.
         # attention(q, k, v, mask) in one fused call. It works in tiles and keeps no T x S matrix, which at T = 1024
         # is 12 heads x 1 M scores = 48 MiB per row and layer in float32, written and read several times.
         # On CPU, dropout inside attention has no fused kernel: PyTorch then takes the plain form, silently and slower.
@@ -508,7 +511,7 @@ def load_text(name):
 
 
 # The toy language of all scripts: numbers and their English names. 40215 <-> forty thousand two hundred fifteen.
-# Small enough to learn in half a minute, and every answer can be checked: a model that is wrong is visibly wrong.
+# Small enough to learn in less than a minute, and every answer can be checked: a model that is wrong is visibly wrong.
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -1010,9 +1013,9 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             # Reading a number means waiting until the GPU has computed it: we look every 10 steps, not at each.
             final, seen = step == cfg.max_steps, step % cfg.eval_every == 0 or step == cfg.max_steps
             look = step % 10 == 0 or step == 1 or seen or step % cfg.save_every == 0
-            done = bool(stop)
-            if world > 1:  # ranks must leave the loop after the same step, or the others wait for them forever
-                votes = torch.tensor(float(done), device=device)
+            done = bool(stop) and world == 1
+            if world > 1 and look:  # ranks must leave the loop after the same step, or the others wait forever: vote
+                votes = torch.tensor(float(bool(stop)), device=device)
                 dist.all_reduce(votes)
                 done = bool(votes > 0)
             if look or done:

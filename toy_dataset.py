@@ -7,15 +7,17 @@
 """
 THE TOY LANGUAGE IN ONE FILE                     python toy_dataset.py              seconds on a laptop CPU
 
-Idea     Numbers and their English names, 40215 <-> forty thousand two hundred fifteen. Small enough to learn in half a
-         minute, rich enough to fail on: order matters, zeros are silent, "thousand" must come at the right place. Every
+Idea     Numbers and their English names, 40215 <-> forty thousand two hundred fifteen. Small enough to learn in less than
+         a minute, rich enough to fail on: order matters, zeros are silent, "thousand" must come at the right place. Every
          answer can be checked, and the best reachable loss is known, so a bug has nowhere to hide.
 Picture  40215 --+-- encoder-only      [CLS] 4 0 2 1 5 [SEP] forty [MASK] two ... [SEP]     fill in; do they match?
                  +-- decoder-only      4 0 2 1 5 = forty thousand two hundred fifteen \\n    one line, left to right
                  +-- encoder-decoder   4 0 2 1 5 \\n  ->  forty thousand two hundred fifteen \\n  read, then write
 Symbols  B batch   T time (columns)   S source time   R rows   V vocabulary
 Not here models (encoder_only.py, decoder_only.py, encoder_decoder.py each hold one, with this data pasted in)
-Expect   not measured yet
+Expect   floors, in nats per token: 0.00 words after digits (decoder-only, encoder-decoder); 0.00 one hidden token of a
+         full pair (encoder-only); 0.00 match or no match, per row (encoder-only); 0.98 all tokens of a line
+         (decoder-only); 0.69 words after digits, label smoothing 0.1 (results/toy_dataset.json)
 Asked    Where does EOS go?   Why shift?   Which mask hides what?   What loss would a perfect model have?
          Why hold out by hash?   What does label smoothing do to the loss?                 (grep "# Q:")
 """
@@ -88,7 +90,7 @@ def parse_config(cls, presets, argv=None):
 
 # --- 4. Data: from a number to a batch -------------------------------------------------------------------------------
 # The toy language of all scripts: numbers and their English names. 40215 <-> forty thousand two hundred fifteen.
-# Small enough to learn in half a minute, and every answer can be checked: a model that is wrong is visibly wrong.
+# Small enough to learn in less than a minute, and every answer can be checked: a model that is wrong is visibly wrong.
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -475,7 +477,7 @@ def main(cfg):
                "results": {"floors": floors}}
     write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
     print(f"\nThe picture of a padded batch and its masks is {out}/masks.png.\n"
-          f"Next: python decoder_only.py --preset numbers learns these names in half a minute.")
+          f"Next: python decoder_only.py --preset numbers learns these names in less than a minute.")
     return None, cfg
 
 

@@ -128,7 +128,7 @@ def refresh_header(source, script, runs):
     took, expect = expectation(script, runs)
     source = re.sub(rf"^(.+python {script}\.py +).+$", lambda found: found[1] + took, source, count=1, flags=re.M)
     paragraph = textwrap.fill(f"{expect} (results/{script}.json)", 120, initial_indent="Expect   ",
-                              subsequent_indent=" " * 9)
+                              subsequent_indent=" " * 9, break_on_hyphens=False)
     return re.sub(r"^Expect .+(?:\n {9}.+)*", lambda _: paragraph, source, count=1, flags=re.M)
 
 
