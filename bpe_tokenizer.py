@@ -649,7 +649,8 @@ def main(cfg):
     # per token falls when tokens get shorter, with no model being any better.
     results = {"train_seconds": seconds, "merges": len(merges),
                "bytes_per_token": {str(size): value for size, value in zip(sizes, unseen, strict=True)}}
-    summary = {"config": dataclasses.asdict(cfg), "seconds": time.perf_counter() - started, "figures": ["bytes_per_token.png"],
+    summary = {"config": dataclasses.asdict(cfg), "seconds": time.perf_counter() - started,
+               "figures": ["bytes_per_token.png"],
                "data": {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}, "results": results}
     write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
     # The expectation is printed from the header, where measured runs write it: one place, no second copy to go stale.

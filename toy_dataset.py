@@ -7,9 +7,9 @@
 """
 THE TOY LANGUAGE IN ONE FILE                     python toy_dataset.py              seconds on a laptop CPU
 
-Idea     Numbers and their English names, 40215 <-> forty thousand two hundred fifteen. Small enough to learn in less than
-         a minute, rich enough to fail on: order matters, zeros are silent, "thousand" must come at the right place. Every
-         answer can be checked, and the best reachable loss is known, so a bug has nowhere to hide.
+Idea     Numbers and their English names, 40215 <-> forty thousand two hundred fifteen. Small enough to learn in a
+         minute, rich enough to fail on: order matters, zeros are silent, "thousand" must come at the right place.
+         Every answer can be checked, and the best reachable loss is known, so a bug has nowhere to hide.
 Picture  40215 --+-- encoder-only      [CLS] 4 0 2 1 5 [SEP] forty [MASK] two ... [SEP]     fill in; do they match?
                  +-- decoder-only      4 0 2 1 5 = forty thousand two hundred fifteen \\n    one line, left to right
                  +-- encoder-decoder   4 0 2 1 5 \\n  ->  forty thousand two hundred fifteen \\n  read, then write

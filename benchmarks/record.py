@@ -133,21 +133,22 @@ def refresh_header(source, script, runs):
 
 
 def table():
-    """The README's table of scripts: the idea, what is new, how long it is, what it reaches."""
-    rows = ["| script | idea | lines | reaches |", "|---|---|---|---|"]
+    """The README's table of scripts: the idea, the paper, how long it is, what it reaches."""
+    rows = ["| script | idea | paper | lines | reaches |", "|---|---|---|---|---|"]
     for path in sorted(ROOT.glob("*.py"), key=lambda p: list(RUNS).index(p.stem) if p.stem in RUNS else 99):
         source = path.read_text(encoding="utf-8")
         idea = " ".join(re.search(r"^Idea +(.+(?:\n {9}.+)*)", source, re.M)[1].split())
         expect = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", source, re.M)[1].split())
-        rows.append(f"| [`{path.name}`]({path.name}) | {re.split(r'(?<=[.!?]) ', idea)[0]} "
-                    f"| {len(source.splitlines()):,} | {expect} |")
+        paper = re.search(r"^Paper +([^,]+),", source, re.M)
+        rows.append(f"| [`{path.name}`]({path.name}) | {' '.join(re.split(r'(?<=[.!?]) ', idea)[:2])} "
+                    f"| {paper[1] if paper else 'none'} | {len(source.splitlines()):,} | {expect} |")
     return "\n".join(rows)
 
 
 def questions():
-    """The interview index: every `# Q:` of every script, with its line."""
-    out = []
-    for path in sorted(ROOT.glob("*.py")):
+    """The interview index: every `# Q:` of every script, with its line; those of shared blocks once."""
+    out, known = [], set()
+    for path in sorted(ROOT.glob("*.py"), key=lambda p: list(RUNS).index(p.stem) if p.stem in RUNS else 99):
         lines = path.read_text(encoding="utf-8").splitlines()
         out += [f"\n**{path.name}**\n"]
         for i, line in enumerate(lines):
@@ -155,7 +156,9 @@ def questions():
                 text, j = line.strip()[5:], i + 1
                 while not lines[j].strip().startswith("# A:"):  # a question may take several lines
                     text, j = f"{text} {lines[j].strip().lstrip('# ')}", j + 1
-                out.append(f"- [{text}]({path.name}#L{i + 1})")
+                if text not in known:
+                    out.append(f"- [{text}]({path.name}#L{i + 1})")
+                known.add(text)
     return "\n".join(out).strip()
 
 
