@@ -593,13 +593,12 @@ def main(cfg):
 
     # 3. What the pattern does before any merge. GPT-2 keeps any run of digits in one piece, so how a number is cut
     # depends on which ones were frequent; GPT-4 never takes more than three. In code GPT-4 leaves line ends with the
-    # sign before.
+    # sign before. llama3 gives gpt4's pieces.
     print("\nPieces: merges never cross the bars")
     for line in TRICKY:
-        for label in ("gpt2", "gpt4"):  # llama3 gives gpt4's pieces
-            pieces = "|".join(split(line, PATTERNS[label])).replace("\n", "\\n").replace(" ", "_")
-            print(f"  {label:5} {pieces}")
-
+        for label, one in PATTERNS.items():
+            pieces = "|".join(split(line, one)).replace("\n", "\\n").replace(" ", "_")
+            print(f"  {label:6} {pieces}")
 
     # 4. One sentence under growing vocabularies. The first k merges of a training are the training for k merges.
     print(f"\n{cfg.sentence}")

@@ -1370,6 +1370,8 @@ def hub_folder(repo):
     from urllib.parse import urljoin
 
     import requests
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise FileNotFoundError(f"there is no folder {repo}")
     base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main"
     folder, names = Path("data") / repo.replace("/", "--"), ("config.json", "model.safetensors")
     for name in names:
@@ -1586,6 +1588,7 @@ def load_any(cfg):
 
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> (model, cfg)."""
+    # In this order: device, settings, data, memory, model. What can fail does so before anything is written.
     device = setup(cfg)
     rank, world = ranks()
     # Three ways in: --resume (model, optimizer, step), --load (model only, a new run), neither (random weights).
@@ -1652,6 +1655,8 @@ def main(cfg):
     uniform = math.log(cfg.vocab_size)
     plot_curve(out / "curve.png", result["history"], f"{Path(__file__).name} on {Path(cfg.data).name}",
                {f"uniform guess, ln V = {uniform:.2f}": uniform} | ({} if floor is None else {"floor 0": floor}))
+    # One file that says what was run, on what, and what came out: enough to repeat the run and compare it.
+    # tokens_per_second counts training steps alone, seconds everything; val_loss is the last one, not the luckiest.
     summary = {"config": dataclasses.asdict(cfg), "params": parameters, "val_loss": result["val_loss"], "floor": floor,
                "tokens_per_second": result["tokens_per_second"], "seconds": result["seconds"],
                "peak_memory_mb": peak_memory_mb(device), "data": info, "device": str(device),
@@ -1662,7 +1667,7 @@ def main(cfg):
     print(f"\n{text.strip()}\n\nThe sample is in {out}/sample.txt, the curve in {out}/curve.png. Talk to it with\n"
           f"  python {Path(__file__).name} --load {out} --prompt {prompt.strip() or 'The'!r}"
           f"{'' if cfg.temperature == Config.temperature else f' --temperature {cfg.temperature:g}'}\n"
-          f"Next: read this file from the top, then `diff decoder_only.py llama3.py` for what changed since 2019.\n"
+          f"Next: read this file from the top; bpe_tokenizer.py and toy_dataset.py show where tokens come from.\n"
           f"Expected: {expected}\n"
           f"Reached:  val loss {result['val_loss']:.4f}, {', '.join(f'{k} {v:.4f}' for k, v in results.items())}, "
           f"{result['seconds']:.0f} s (a uniform guess: {uniform:.2f}"
