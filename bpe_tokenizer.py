@@ -14,7 +14,7 @@ Idea     Start with 256 tokens, the bytes. Count which two stand side by side mo
          unknown, because every text is bytes.
 Picture  text -> pieces (a regex: words, numbers, spaces) -> bytes -> merges, lowest rank first -> ids
          "low lower" -> "low", " lower" -> l o w, _ l o w e r -> lo w -> low ...
-Not here WordPiece (encoder_only.py), SentencePiece and its unigram model, normalisation (NFC): BPE on bytes needs none
+Not here WordPiece, SentencePiece and its unigram model, normalisation (NFC): BPE on bytes needs none
 Expect   3,840 merges on Tiny Shakespeare in 0.4 s, 3.24 bytes per token on held-out text with 4,096 tokens
          (results/bpe_tokenizer.json)
 Asked    Why bytes and not characters?   Why split before merging?   Why is a model bad at spelling and sums?
@@ -98,18 +98,21 @@ def parse_config(cls, presets, argv=None):
 # Q: Why split before merging?
 # A: Without it "dog." "dog!" "dog?" and "dog " would all become tokens of their own: the most frequent neighbours are a
 #    word's end and what follows it. The pattern cuts text into pieces (a word with its space, up to three digits, a run
-#    of punctuation), and merges stay inside of a piece.
+#    of punctuation), and merges stay inside a piece.
 #
 # A space belongs to the word BEHIND it: " the" is one piece. Text is then a plain concatenation, with no rule for where
 # spaces go. ++ and ?+ are possessive: take all and never give back. They change nothing here but speed.
 # Read the patterns as alternatives, first match wins (\p{L} letter, \p{N} digit, \s white space):
-#     '(?:[sdmt]|ll|ve|re)   's 'd 'm 't 'll 've 're        ?\p{L}++ and  ?\p{N}++   letters, digits, one space before
-#      ?[^\s\p{L}\p{N}]++    signs, one space before       \s++$   white space that ends the text
-#     \s+(?!\S)   a run of spaces but its last, which is left for the word after it: "a  b" -> "a" " " " b"
+#     '(?:[sdmt]|ll|ve|re)       's 'd 'm 't 'll 've 're
+#      ?\p{L}++ and  ?\p{N}++    letters; digits; each with at most one space before
+#      ?[^\s\p{L}\p{N}]++        signs, with at most one space before
+#     \s++$                      white space that ends the text
+#     \s+(?!\S)                  white space but its last, which is left for the word after it: "a  b" -> "a" " " " b"
+#     \s                         what is left, such as a single line end before a word
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# GPT-4 (cl100k): contractions in capitals too; digits in groups of at most 3, so "1234567" is cut into
-# one of 1,110 kinds of digit pieces each; a sign may lead a word as a space does ("(word"), and line ends get pieces of
-# their own.
+# GPT-4 (cl100k): contractions in capitals too; digits in groups of at most 3, so "1234567" is cut 123|456|7 and there
+# are only 1,110 kinds of digit pieces; a sign may lead a word as a space does ("(word"); line ends get their own
+# pieces.
 GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
                 r"|\s*[\r\n]|\s+(?!\S)|\s")
 # Llama 3 took GPT-4's pattern in its older spelling. The pieces are the same, but for white space at the very end of a
@@ -150,8 +153,8 @@ def train_slow(text, vocab_size, pattern=GPT4_PATTERN):
     Tie rule: of equally frequent pairs the smallest (id, id) wins. Stops early when no pair occurs twice: a merge of
     something unique would learn that one text by heart. Raises ValueError for a vocabulary below 256.
     """
-    # Trap: comparing two trainers without fixing the tie rule. In Tiny Shakespeare the first tie is at merge 139, and
-    # from then on every later merge may differ: same quality, other ids.
+    # Trap: comparing two trainers without fixing the tie rule. In the first nine tenths of Tiny Shakespeare the first
+    # tie is at merge 139, and from then on every later merge may differ: same quality, other ids.
     if vocab_size < 256:
         raise ValueError(f"a vocabulary of {vocab_size} does not hold the 256 bytes")
     pieces, merges = [list(piece.encode()) for piece in split(text, pattern)], []
@@ -175,13 +178,12 @@ def train_bpe(text, vocab_size, pattern=GPT4_PATTERN, on_merge=None):
     #    ones. 2. A merge changes only pieces that contain the pair; an index says which, and counts are corrected, not
     #    redone. 3. The most frequent pair comes from a heap instead of a search through all pairs.
     pieces = Counter(split(text, pattern))
-    # 4. A token id is written as the character chr(id), a piece as a string, a pair as two characters. Replacing a pair
-    #    is then str.replace, at the speed of C, left to right like replace_pair; and comparing strings compares ids.
+    # The fourth reason: a token id is written as the character chr(id), a piece as a string, a pair as two characters.
+    # Replacing a pair is then str.replace, at the speed of C and left to right, and comparing strings compares ids.
     words = [piece.encode().decode("latin-1") for piece in pieces]  # latin-1: the byte b becomes the character chr(b)
     weights = list(pieces.values())
     counts, where = defaultdict(int), defaultdict(set)  # pair -> how often in the text; pair -> which words hold it
-    # "low" -> zip("low", "ow") -> "lo", "ow": all neighbours of a word. weights[i]: how often the word stands in the
-    # text.
+    # "low" -> zip("low", "ow") -> "lo", "ow": all neighbours of a word. weights[i]: how often the text has the word.
     for i, word in enumerate(words):
         for pair in map("".join, zip(word, word[1:], strict=False)):
             counts[pair] += weights[i]
@@ -301,7 +303,7 @@ class BPE:
         # a turn in the system's name: the SQL injection of language models.
         if not self.special_tokens:
             return self.encode_ordinary(text)
-        # Longest first: otherwise "<|end|>" would win inside of "<|end|>of".
+        # Longest first: otherwise "<|end|>" would win inside "<|end|>of".
         names = sorted(self.special_tokens, key=len, reverse=True)
         # The brackets make re.split keep the separators: "a<|x|>b" -> "a", "<|x|>", "b".
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
@@ -309,8 +311,7 @@ class BPE:
                 ([self.special_tokens[part]] if part in self.special_tokens else self.encode_ordinary(part))]
 
     # Decoding needs no merges and no pattern, only the bytes of each id. It is many to one: "low" can be written as
-    # l,o,w or lo,w or low, all decode alike, and a model that writes l,o,w has produced a text that encode() never
-    # would.
+    # l,o,w or lo,w or low, all decode alike, and a model that writes l,o,w makes ids that encode() never would.
     def decode_bytes(self, ids):
         """ids -> bytes, exactly."""
         return b"".join(self.token_bytes[i] for i in ids)
@@ -389,6 +390,8 @@ def fetch(filename, url, sha256=""):
                   tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=filename) as bar):
                 for piece in answer.iter_content(1 << 16):
                     bar.update(file.write(piece))
+            if size > have and part.stat().st_size != size:
+                raise OSError(f"{url}: the download broke off")
     if sha256 and sha256_of(part) != sha256:
         part.unlink()
         raise OSError(f"{url}: the download is damaged (SHA-256 differs); it was removed")
@@ -540,6 +543,8 @@ def draw_vocabularies(path, sizes, seen, held_out, sentences):
 
 def main(cfg):
     """Train on real text and show what was learned; with --load only show a sentence. -> (BPE, cfg)."""
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a letter prints "?" instead of ending the program
+        sys.stdout.reconfigure(errors="replace")
     if cfg.load:
         try:
             bpe = BPE.load(cfg.load)
@@ -576,10 +581,10 @@ def main(cfg):
     print(f"{len(merges):,} merges in {seconds:.1f} s"
           + ("" if 256 + len(merges) == cfg.vocab_size else "; it stopped early: no pair is left that occurs twice"))
 
+    # 2. Does it do what it says? Text must survive the round trip, the fast form must equal the definition (the slow
+    # one), and a quite different implementation must agree.
     # Trap: testing the round trip only. Any wrong order of merges passes it, since the bytes come back all the same;
     # the ids are others, and a model trained on the right ones reads them as noise.
-    # 2. Does it do what it says? Text must survive the round trip, and a quite different implementation must agree.
-    # The slow form is the definition.
     sample = held_out[:100_000]
     fast = bpe.encode_ordinary(sample)
     encoding = bpe.to_tiktoken()
@@ -592,8 +597,8 @@ def main(cfg):
         print(f"  {'yes' if same else 'NO '}  {what}")
 
     # 3. What the pattern does before any merge. GPT-2 keeps any run of digits in one piece, so how a number is cut
-    # depends on which ones were frequent; GPT-4 never takes more than three. In code GPT-4 leaves line ends with the
-    # sign before. llama3 gives gpt4's pieces.
+    # depends on which ones were frequent; GPT-4 never takes more than three. In code GPT-4 keeps line ends in one piece
+    # with the sign before them. Llama 3 cuts these lines as GPT-4 does.
     print("\nPieces: merges never cross the bars")
     for line in TRICKY:
         for label, one in PATTERNS.items():
@@ -611,11 +616,9 @@ def main(cfg):
     for label, one in known.items():
         print(f"  {label:>15} {len(one.encode_ordinary(cfg.sentence)):3d} tokens   {show_tokens(one, cfg.sentence)}")
 
-    # Gray above blue is what was learned by heart.
     # Q: A larger vocabulary: what is gained, what is lost?
     # A: Gained: 3.2 times fewer tokens than bytes at 4,096, so cheaper steps and a longer reach. Lost: each token is
-    #    seen less often, and embedding and head grow with V: at width 768 each 1,000 tokens more are 0.8 million
-    #    parameters.
+    #    seen less often, and embedding and head grow with V: at width 768, 0.8 million parameters per 1,000 tokens.
     sizes = [size for size in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768) if size - 256 < len(merges)]
     sizes.append(256 + len(merges))
     smaller = [BPE(merges[:size - 256], pattern) for size in sizes]
@@ -643,6 +646,7 @@ def main(cfg):
     bpe.save(out / "tokenizer.json")
     cut_up = {label: [one.token_bytes[i].decode(errors="replace").replace(" ", "·") for i in
                       one.encode_ordinary(cfg.sentence)] for label, one in known.items()}
+    # In the picture the gap of gray (training text) above blue (held-out text) is what was learned by heart.
     draw_vocabularies(out / "bytes_per_token.png", sizes, seen, unseen, cut_up)
     # bytes per token is the figure to compare tokenizers by, and bits per BYTE the one for models on top of them: loss
     # per token falls when tokens get shorter, with no model being any better.

@@ -18,8 +18,8 @@ Words    token: an id (whole number) for a character or a piece of a word   wte,
          vectors   logits: V scores, one per possible next token; softmax makes them probabilities
 Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H heads   D head size = C/H   V vocabulary
          L layers   N new tokens   K beams   M candidates   R rows
-New here everything: this is the parent of the family. The other scripts are read as a difference from this one.
-Not here RoPE, RMSNorm, grouped queries (llama3.py), fast decoding rung by rung (kv_cache.py), alignment (dpo.py)
+New here everything: this is the parent of the family. Later models are read as a difference from this one.
+Not here RoPE, RMSNorm, grouped queries, cache tricks, alignment: each is to be a script of its own
 Expect   validation loss 1.696 (1.694 to 1.698, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare, 1.24
          on the Python docs. --preset numbers: 100.0% (3 of 3 seeds) of unseen numbers exactly right in 17 s
          (results/decoder_only.json)
@@ -87,8 +87,7 @@ class Config:
     # the width 1600 of gpt2-xl, 0.088 at width 128. Small models start too quiet with 0.02 and lose the first steps.
     init_std: float = 0.088           # std of the initial weights, about 1/sqrt(n_embd)
 
-    # Optimisation. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: one and a half passes over the
-    # text.
+    # Optimisation. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: 1.5 passes over the text.
     max_steps: int = 2000             # optimizer steps
     batch_size: int = 12              # rows per micro-step, over all ranks
     grad_accum: int = 1               # micro-steps per optimizer step
@@ -110,7 +109,7 @@ class Config:
     top_k: int = 0                    # sample among the k likeliest only; 0 = all
     top_p: float = 1.0                # sample among the likeliest that together have probability p
     repetition_penalty: float = 1.0   # above 1: make tokens that were already there less likely
-    beams: int = 1                    # above 1: beam search; it ignores temperature, top-k, top-p and the penalty
+    beams: int = 1                    # above 1: beam search, without temperature, top-k, top-p, repetition penalty
     length_penalty: float = 1.0       # beam score = sum of log-probs / length ** this
 
     def __post_init__(self):
@@ -237,8 +236,7 @@ def attention(q, k, v, mask):
     weights = scores.softmax(-1).masked_fill(~mask, 0.0)                       # (B, H, T, S)
     # Q: What does the mask cost?
     # A: Half of the attention matmuls: T x S scores are computed, those above the diagonal thrown away. All scores are
-    #    T / (6*C) of the other matmuls: 8 % here (64/768), 22 % in GPT-2 (1024/4608). Flash attention skips whole
-    #    tiles.
+    #    T / (6*C) of the other matmuls: 8 % here (64/768), 22 % in GPT-2 (1024/4608). Flash attention skips tiles.
     return weights @ v                                                         # (B, H, T, D)
 
 
@@ -277,6 +275,32 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.cfg.dropout, self.training)          # (B, T, C)
 
 
+class FastGELU(torch.autograd.Function):
+    """x (any shape, float32) -> GELU(x) in GPT-2's tanh form; the derivative by hand.
+
+    GELU(x) = x * P(N(0,1) < x), a ReLU without the corner (Hendrycks & Gimpel 2016, arXiv 1606.08415), which they
+    approximate by 0.5 * x * (1 + tanh(z)) with z = sqrt(2/pi) * (x + 0.044715 * x^3).
+    """
+
+    # Since 0.5 * (1 + tanh(z)) = sigmoid(2*z): y = x*s with s = sigmoid(x * (A + A*K * x^2)), A = 2*sqrt(2/pi) and
+    # K = 0.044715. Product rule, and sigmoid' = s*(1-s): dy/dx = s + x * s*(1-s) * (A + 3*A*K * x^2).
+    A, K = math.sqrt(8 / math.pi), 0.044715
+
+    @staticmethod
+    def forward(ctx, x):
+        A, K = x.new_tensor(FastGELU.A), FastGELU.A * FastGELU.K
+        s = torch.addcmul(A, x, x, value=K).mul_(x).sigmoid_()  # addcmul(a, b, c, value=k) = a + k*b*c, in one pass
+        # Everything that backward needs is known now. Keeping the derivative costs one tensor, as keeping x would.
+        slope = torch.addcmul(A, x, x, value=3 * K).mul_(x)
+        slope.addcmul_(slope, s, value=-1)
+        ctx.save_for_backward(torch.addcmul(s, slope, s))
+        return x * s
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]  # chain rule: what arrives times what was kept
+
+
 class MLP(nn.Module):
     """Two thirds of a block's weights, applied to each token alone: attention moves information, this works on it.
 
@@ -290,10 +314,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
 
     def forward(self, x):
-        # GELU(x) = x * P(N(0,1) < x): a ReLU without the corner (Hendrycks & Gimpel 2016, arXiv 1606.08415).
         # Trap: GPT-2 was trained with the tanh approximation; PyTorch's default is the exact erf form. They differ by
         # up to 5e-4 per activation: enough that loaded weights no longer agree with the published model in digit 3.
-        x = F.gelu(self.c_fc(x), approximate="tanh")                           # (B, T, 4*C)
+        x = self.c_fc(x)                                                       # (B, T, 4*C)
+        # On a CPU PyTorch's tanh kernel takes about 6 % of a training step, the form above a little over half of that.
+        by_hand = (x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
+                   and not torch.compiler.is_compiling())
+        x = FastGELU.apply(x) if by_hand else F.gelu(x, approximate="tanh")    # (B, T, 4*C)
         return F.dropout(self.c_proj(x), self.cfg.dropout, self.training)          # (B, T, C)
 
 
@@ -335,15 +362,15 @@ class GPT(nn.Module):
             wpe=nn.Embedding(cfg.block_size, cfg.n_embd),    # where it stands: attention alone is blind to order
             h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
             ln_f=nn.LayerNorm(cfg.n_embd)))
-        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # "The head": C numbers -> V logits. Not to be confused with the H attention heads.
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # Q: Why is the head tied to the token embedding?
         # A: Both say what a token means, one on the way in, one on the way out. Tying saves V*C numbers, 38.6 of 163
         #    million at GPT-2's size, and a rare token's row learns from every prediction instead of its own few uses
         #    (Press & Wolf 2017, arXiv 1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
         # Initial weights: small and random. All zero would make every unit of a layer equal, and equal they would stay,
-        # since they would get equal gradients; large ones saturate softmax and start above ln V.
+        # since they would get equal gradients; large ones saturate softmax and start far above ln V.
         # The loop meets the tied tensor twice, as wte and as lm_head. Both draws have the same std, so the second does
         # no harm. Trap: two different stds there; the later one wins, and nobody sees it.
         for name, module in self.named_modules():
@@ -425,7 +452,8 @@ def compute_loss(model, batch, cfg):
     # Q: Why is the first loss about ln V?
     # A: An untrained model gives each of V tokens about 1/V, and -ln(1/V) = ln V: 4.17 for 65 characters. Logits of
     #    variance s^2 add s^2/2 to it. Here s^2 = C * init_std^2 = 1 (the head is tied, its input has norm sqrt(C)), so
-    #    the first loss is about 4.67; with GPT-2's 0.02 at width 768 s^2 is 0.3. Far more: the logits start too large.
+    #    the first loss is about 4.67; with GPT-2's 0.02 at width 768 s^2 is 0.3. A first loss far above that says: the
+    #    logits start too large.
     # cross_entropy = -ln softmax(logits)[target] = ln(sum of exp(logits)) - logits[target]; ln makes the unit the nat.
     # Under bfloat16 autocast PyTorch runs this one function in float32: a sum of 50,257 exponentials needs the digits.
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -480,6 +508,8 @@ def fetch(filename, url, sha256=""):
                   tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=filename) as bar):
                 for piece in answer.iter_content(1 << 16):
                     bar.update(file.write(piece))
+            if size > have and part.stat().st_size != size:
+                raise OSError(f"{url}: the download broke off")
     if sha256 and sha256_of(part) != sha256:
         part.unlink()
         raise OSError(f"{url}: the download is damaged (SHA-256 differs); it was removed")
@@ -532,8 +562,7 @@ def number_to_words(n):
 
 # Q: Why hold out by hash and not the last 10 % of a shuffled list?
 # A: A number's split depends on the number alone. However many are drawn, in whatever script and with whatever seed,
-#    none is trained on here and tested there. In one published toy set 36 % of the validation rows also occurred in
-#    training.
+#    none is trained on here and tested there. In one published toy set 36 % of validation rows were also trained on.
 def is_validation(n):
     """One number in ten is held out, by hash: the same in every script and run, and none is ever in both splits."""
     # 0 always trains: "zero" is the name of nothing else, so nothing else could teach it.
@@ -561,8 +590,7 @@ def draw_numbers(count, seed, validation):
 # Q: Characters or byte-level BPE?
 # A: Characters: 65 ids, a tiny head, nothing to learn about words in advance; a context of 64 tokens is two lines of
 #    verse. BPE: 50,257 ids, each worth 3.3 characters of Shakespeare, so the same context reaches further and a step
-#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, eight times the rest of this
-#    model.
+#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of this model.
 class CharTokenizer:
     """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
 
@@ -642,7 +670,8 @@ def number_rows(numbers, tokenizer):
     """Lines "40215=forty thousand two hundred fifteen\\n" -> (inputs, targets), each (rows, 16), padded on the right.
 
     Only the words and the newline are targets. The digits are drawn at random, so no model can guess them, and a loss
-    that contains them stops at their entropy, 0.8 nats a token (toy_dataset.py computes it). Without: 0.
+    that contains them stops at their entropy: 0.8 nats a token in these rows, whose first digit is never a target
+    (0.98 in running text, see toy_dataset.py). Without them the floor is 0.
     """
     # 17 = the longest line: 6 digits, "=", 9 words (777777), newline.
     # One row, "42=forty two\n", shortened to 8 columns:
@@ -731,7 +760,7 @@ def prepare(batch, generator):
 # + step number are the whole state of a run, and a resumed run equals one that was never stopped, to the last bit
 # (on the CPU; GPU kernels that add with atomics may differ in the last digits).
 #
-# Rank = one of several equal processes, one per GPU, started by `torchrun --nproc-per-node 8 decoder_only.py`.
+# Rank = one of several equal processes, one per GPU, started by `torchrun --nproc-per-node 2 decoder_only.py`.
 # all_reduce adds a tensor up over all of them. Alone you are rank 0 of 1: at first reading skip every line that says
 # rank or world.
 def ranks():
@@ -741,6 +770,8 @@ def ranks():
 
 def setup(cfg):
     """-> the device of this process. Joins the process group under torchrun, where only rank 0 goes on printing."""
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a letter prints "?" instead of ending the program
+        sys.stdout.reconfigure(errors="replace")
     kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         sys.exit(f"error: --device {kind}: PyTorch sees no such device here")
@@ -767,7 +798,8 @@ def setup(cfg):
 def lr_at(step, cfg):
     """Learning rate of the update number `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio."""
     # Adam's first update is m_hat / sqrt(v_hat) = g / |g| = +-1: every weight moves by the full lr, whatever its
-    # gradient. At 3e-3 that is 3 % of the initial std, in a direction that one batch chose; warm-up makes it 3e-5.
+    # gradient. At 3e-3 that is 3 % of the initial std, in a direction that one batch chose. With warm-up the first step
+    # is 3e-5.
     # step + 1: update 0 already moves. Trap: step / warmup_steps makes the first update a no-op.
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -811,7 +843,7 @@ def evaluate(model, data, cfg, loss_fn):
     model.eval()  # dropout off
     # Rank r takes batches r, r + world, ... Shakespeare's 1,742 validation rows are 146 forward passes; a training step
     # costs about three, so a look every 250 steps adds a fifth to the run. Sums and counts travel, not means: the last
-    # batch is smaller. Outside of train()'s autocast: validation runs in the dtype of the weights.
+    # batch is smaller. Outside train()'s autocast: validation runs in the dtype of the weights.
     totals = torch.zeros(2, device=device)
     for start in range(rank * cfg.batch_size, len(data[0]), world * cfg.batch_size):
         batch = prepare(tuple(part[start:start + cfg.batch_size] for part in data), seeded(0, start))
@@ -894,7 +926,8 @@ def recorded_config(cfg, recorded, free):
         sys.exit("error: the checkpoint was made by another version of this script: its settings have other names")
     for field in dataclasses.fields(cfg):
         mine, theirs = getattr(cfg, field.name), recorded[field.name]
-        asked = mine != field.default or field.name in getattr(cfg, "given", ())
+        # "auto" asks for nothing in particular: it takes what the run found.
+        asked = mine != "auto" and (mine != field.default or field.name in getattr(cfg, "given", ()))
         if field.name not in free and asked and mine != theirs:
             sys.exit(f"error: the checkpoint was made with {field.name} = {theirs!r}, not {mine!r}; "
                      f"leave the flag out, or start a new run")
@@ -918,12 +951,13 @@ def polite_interrupt():
 
 # Q: How much arithmetic is one training step?
 # A: About 6 operations per parameter and token: 2 forward, 4 backward. Here 6 x 0.8 M x 768 tokens = 4 GFLOP; GPT-2
-#    124M with 0.49 M tokens a step 366 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
+#    124M with 0.49 M tokens a step 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
 def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None):
     """Train for cfg.max_steps optimizer steps. -> {"val_loss", "history", "seconds", "tokens_per_second"}.
 
-    extra goes into the checkpoint; after_step(step) is called after every step. Ctrl-C finishes the step, saves, and
-    exits with 130. A loss that is not finite ends the run, names the step, and leaves the last good checkpoint alone.
+    extra goes into the checkpoint; after_step(step) is called after every step. Ctrl-C finishes the step (torchrun: up
+    to ten steps), saves, and exits with 130. A loss that is not finite ends the run, names the step, and leaves the
+    last good checkpoint alone.
     """
     rank, world = ranks()
     device = next(model.parameters()).device
@@ -1067,7 +1101,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
 
 
 # --- 6. Decoding: from distributions to text -------------------------------------------------------------------------
-# A language model gives a distribution over the next token. What to do with it is a choice made outside of the model:
+# A language model gives a distribution over the next token. What to do with it is a choice made outside the model:
 #     greedy       take the likeliest. Exact answers (numbers); open text falls into loops
 #     sampling     draw. temperature sharpens or flattens, top-k and top-p cut the unlikely tail that, drawn from 400
 #                  times, is hit often enough to derail a text
@@ -1163,7 +1197,7 @@ def decode_step(model, token, state):
     # All positions are used, and wpe has no row for the next one. Keep the newer half of the context and read it again
     # from position 0. That is one prefill per block_size / 2 tokens; dropping just the oldest token would be one per
     # token, since learned positions are baked into every cached key.
-    # (With rotary positions, llama3.py, cached keys stay valid: the oldest can be dropped without reading again.)
+    # (With rotary positions cached keys stay valid: the oldest can be dropped without reading again.)
     # half + 1: the newer half and the token that has just been written, which the cache has not seen yet.
     half = model.cfg.block_size // 2
     mask = torch.cat((cache.mask, torch.ones_like(cache.mask[:, :1])), 1)[:, -half - 1:] if cache.padded else None
@@ -1277,8 +1311,7 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
         # An ending counts only among the K best: at rank K+1 the prefix would have been cut, had it gone on.
         final = (score / (n + 1) ** length_penalty).masked_fill(~(ends & active[:, None]), -math.inf)  # (B, M)
         final[:, K:] = -math.inf
-        # The K finished so far and the M new endings compete for K places: pick says who stays, gather fetches the
-        # texts.
+        # The K finished so far and the M new endings compete for K places: pick says who stays, gather fetches them.
         finished, pick = torch.cat((finished, final), 1).topk(K)               # (B, K)
         best = torch.cat((best, longer), 1).gather(1, pick[:, :, None].expand(-1, -1, N))  # (B, K, N)
         running, pick = score.masked_fill(ends, -math.inf).topk(K)             # (B, K)
@@ -1373,10 +1406,12 @@ def hub_folder(repo):
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise FileNotFoundError(f"there is no folder {repo}")
     base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main"
-    folder, names = Path("data") / repo.replace("/", "--"), ("config.json", "model.safetensors")
+    names = ("config.json", "model.safetensors")
+    for root in filter(None, (os.environ.get("LLM_DATA"), "data")):
+        folder = Path(root) / repo.replace("/", "--")
+        if all((folder / name).is_file() for name in names):  # fetched before: no network needed
+            return folder
     for name in names:
-        if (folder / name).is_file():  # fetched before: no network needed
-            continue
         # Large files are stored by content: before the hub redirects to its storage it announces their SHA-256. A
         # repository that was renamed (gpt2 is openai-community/gpt2 today) costs one more redirect before that.
         url, announced = f"{base}/{name}", ""
@@ -1388,8 +1423,8 @@ def hub_folder(repo):
                 break
             url = urljoin(url, answer.headers["location"])
         # Small files have no announced hash; a wrong config is caught by config_from_hf or by the shapes.
-        fetch(f"{folder.name}/{name}", url, announced if len(announced) == 64 else "")
-    return folder
+        path = fetch(f"{folder.name}/{name}", url, announced if len(announced) == 64 else "")
+    return path.parent
 
 
 def from_pretrained(path_or_repo):
@@ -1493,8 +1528,7 @@ def exact_match(model, tokenizer, numbers):
 
 # How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
 # the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
-# targets). Stuck at the entropy of the characters, 3.3 for English: the context is ignored, look at the mask and the
-# positions.
+# targets). Stuck at the entropy of the characters, 3.3 for English: the context is ignored, see mask and positions.
 def plot_curve(path, history, title, lines):
     """Training and validation loss against steps; lines = {label: height} are drawn across (ln V, the floor)."""
     import matplotlib
@@ -1535,7 +1569,7 @@ def check_prompt(tokenizer, prompt):
     """End the program with one line if this tokenizer cannot read the prompt."""
     try:
         if not tokenizer.encode(prompt):
-            sys.exit("error: --prompt: no token is left of it")
+            sys.exit("error: --prompt: there is nothing in it that this tokenizer can read")
     except ValueError as problem:
         sys.exit(f"error: --prompt: {problem}")
 
@@ -1656,7 +1690,8 @@ def main(cfg):
     plot_curve(out / "curve.png", result["history"], f"{Path(__file__).name} on {Path(cfg.data).name}",
                {f"uniform guess, ln V = {uniform:.2f}": uniform} | ({} if floor is None else {"floor 0": floor}))
     # One file that says what was run, on what, and what came out: enough to repeat the run and compare it.
-    # tokens_per_second counts training steps alone, seconds everything; val_loss is the last one, not the luckiest.
+    # tokens_per_second counts training steps alone; seconds is all of train(), evaluations and samples included;
+    # val_loss is the last one, not the luckiest.
     summary = {"config": dataclasses.asdict(cfg), "params": parameters, "val_loss": result["val_loss"], "floor": floor,
                "tokens_per_second": result["tokens_per_second"], "seconds": result["seconds"],
                "peak_memory_mb": peak_memory_mb(device), "data": info, "device": str(device),

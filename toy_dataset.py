@@ -14,7 +14,7 @@ Picture  40215 --+-- encoder-only      [CLS] 4 0 2 1 5 [SEP] forty [MASK] two ..
                  +-- decoder-only      4 0 2 1 5 = forty thousand two hundred fifteen \\n    one line, left to right
                  +-- encoder-decoder   4 0 2 1 5 \\n  ->  forty thousand two hundred fifteen \\n  read, then write
 Symbols  B batch   T time (columns)   S source time   R rows   V vocabulary
-Not here models (encoder_only.py, decoder_only.py, encoder_decoder.py each hold one, with this data pasted in)
+Not here models: decoder_only.py holds one, with the decoder's part of this data pasted in
 Expect   floors, in nats per token: 0.00 words after digits (decoder-only, encoder-decoder); 0.00 one hidden token of a
          full pair (encoder-only); 0.00 match or no match, per row (encoder-only); 0.98 all tokens of a line
          (decoder-only); 0.69 words after digits, label smoothing 0.1 (results/toy_dataset.json)
@@ -48,7 +48,7 @@ class Config:
     out: str = "runs/toy_dataset"   # folder for summary.json and the picture
     seed: int = 1337                # decides which numbers are drawn and which tokens are masked
     batch_size: int = 5             # rows of the batches that are printed and drawn
-    label_smoothing: float = 0.1    # share of the target spread over wrong tokens; its effect on the floor is shown
+    label_smoothing: float = 0.1    # share of the target spread over all tokens; main shows what it does to the floor
 
     def __post_init__(self):
         if not 1 <= self.batch_size <= 100:
@@ -123,8 +123,8 @@ def words_to_number(words):
             current += 10 * TENS.index(word) + 20
         else:
             raise ValueError(f"{word!r} is not a number word")
-    # "two twenty" and "hundred hundred" got through the loop and mean something there. One comparison catches
-    # every such text: a number has exactly one name.
+    # "two twenty" and "hundred hundred" pass the loop, as 22 and 0. This comparison catches every such text: a number
+    # has exactly one name.
     if total + current > 999_999 or number_to_words(total + current) != words:
         raise ValueError(f"{words!r} is not the name of a number from 0 to 999,999")
     return total + current
@@ -132,8 +132,7 @@ def words_to_number(words):
 
 # Q: Why hold out by hash and not the last 10 % of a shuffled list?
 # A: A number's split depends on the number alone. However many are drawn, in whatever script and with whatever seed,
-#    none is trained on here and tested there. In one published toy set 36 % of the validation rows also occurred in
-#    training.
+#    none is trained on here and tested there. In one published toy set 36 % of validation rows were also trained on.
 def is_validation(n):
     """One number in ten is held out, by hash: the same in every script and run, and none is ever in both splits."""
     # 0 always trains: "zero" is the name of nothing else, so nothing else could teach it.
@@ -161,10 +160,8 @@ def encode_words(text):
     return [TOY_VOCAB.index(piece) for piece in pieces]
 
 
-# The special tokens, by name. <pad> fills rows up and means nothing. "\n" ends a text (EOS). Keeping the two apart
-# matters:
-# Trap: pad_id = eos_id, with pads left out of the loss. EOS is then left out as well, and the model never stops
-# writing.
+# The special tokens, by name. <pad> fills rows up and means nothing; "\n" ends a text (EOS). They must be two tokens.
+# Trap: pad_id = eos_id, with pads left out of the loss. EOS is then left out too, and the model never stops writing.
 PAD, EOS, EQUALS, CLS, SEP, MASK = range(6)
 
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
@@ -311,11 +308,11 @@ def batches(data, batch_size, seed):
         yield {name: tensor[index] for name, tensor in data.items()}
 
 
-# Floors: the loss of a model that knows everything there is to know
+# Floors: the loss of a model that knows everything there is to know.
 # Q: What loss would a perfect model have?
-# A: The entropy of what nobody can know. A translation is determined by its source: 0. Digits drawn at random are not:
-#    about ln 10 = 2.3 each and the length; digit_floor() has it exactly. A toy set of random symbols whose "loss should
-#    go below 1" cannot get there; nobody had computed the floor.
+# A: The entropy of what nobody can know. A translation is determined by its source: 0. Random digits are not: about
+#    ln 10 = 2.3 nats each, and their number costs a little too; digit_floor() has the exact sum. Some toy sets of
+#    random symbols promise a loss below 1 that no model can reach, because nobody computed the floor.
 def digit_floor(validation=False):
     """Entropy of a drawn number, in nats: what nobody can know about its digits, however good the model.
 
@@ -429,8 +426,8 @@ def main(cfg):
           f"{len(set(train) & set(held_out))}. Digits: "
           + ", ".join(f"{d}: {lengths[d] / len(train):.0%}" for d in range(1, 7)))
 
-    # One-digit numbers are missing among them: the hash holds out none.
-    # 2. The same numbers in three forms. A dot is padding, a dash is a target that does not count.
+    # 2. A few held-out numbers in three forms. A dot is padding, a dash is a target that does not count.
+    # No number here has one digit: the hash holds out none of those.
     numbers = held_out[:cfg.batch_size]
     bert = encoder_pairs(numbers, cfg.seed)
     noisy, wanted = mask_tokens(bert["ids"], bert["mask"], cfg.seed)

@@ -3,8 +3,9 @@
     python benchmarks/record.py decoder_only bpe_tokenizer toy_dataset     run, write results/<script>.json and pictures
     python benchmarks/record.py --readme                                   no runs: only refresh what quotes the results
 
-Numbers are never typed: results/*.json come from runs, the `Expect` paragraph and the time in a script's header and the
-README's tables between <!-- begin X --> and <!-- end X --> come from results/*.json. A test checks that they agree.
+Measured numbers are never typed: results/*.json come from runs, the `Expect` paragraph and the time in a script's
+header and the README's tables between <!-- begin X --> and <!-- end X --> come from results/*.json. A test checks that
+they agree.
 """
 import argparse
 import json
@@ -164,7 +165,8 @@ def questions():
 
 def printed():
     """What the default run prints, in short."""
-    runs = results("decoder_only")
+    if (runs := results("decoder_only")) is None:
+        return ""
     lines = runs["shakespeare"][0]["printed"].splitlines()
     first = [line for line in lines if line.startswith(("data:", "model:", "step     1"))]
     steps = [i for i, line in enumerate(lines) if re.match(r"step +\d\d+:", line)]
@@ -222,7 +224,7 @@ def main():
         if script not in RUNS:
             parser.error(f"{script} is none of {', '.join(RUNS)}")
     RESULTS.mkdir(exist_ok=True)
-    for script in args.scripts:
+    for script in [] if args.readme else args.scripts:
         record(script)
     refresh()
 

@@ -2385,3 +2385,18 @@ def test_exact_match_of_real_models(m):
     """A model without training knows nothing; the score is a number between 0 and 1."""
     cfg = m.Config(n_layer=1, n_head=2, n_embd=16, block_size=18, vocab_size=len(m.TOY_VOCAB))
     assert m.exact_match(m.build_model(cfg), m.ToyTokenizer(), list(range(1, 30))) < 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gelu_by_hand_equals_torch(m, seed):
+    """The derivative too: against autograd through F.gelu in float64, at both tails and around 0."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.cat((torch.randn(3, 50, generator=g) * 3, torch.tensor([[-40.0, -8, -1e-3, 0, 1e-3, 8, 40] + [0.5] * 43])))
+    up = torch.randn(x.shape, generator=g)
+    mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, z = m.FastGELU.apply(mine), F.gelu(theirs, approximate="tanh")
+    y.backward(up)
+    z.backward(up.double())
+    assert y.isfinite().all() and mine.grad.isfinite().all()
+    assert torch.allclose(y.double(), z, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(mine.grad.double(), theirs.grad, atol=2e-5, rtol=1e-5)
