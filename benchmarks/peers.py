@@ -358,7 +358,7 @@ def decoder_only(args):
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     m = load_script("decoder_only")
-    rounds, results = args.rounds or 6, {}
+    rounds, results = args.rounds or 30, {}
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             results["training_step"] = training_step(m, rounds, args.steps, folder)
@@ -539,8 +539,8 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("name", choices=list(PEERS), help="the script to measure")
     parser.add_argument("--threads", type=int, default=2, help="threads for everybody [2]")
-    parser.add_argument("--rounds", type=int, default=0, help="how often each contender has its turn [6; tokenizers 3]")
-    parser.add_argument("--steps", type=int, default=100, help="training steps per round [100]")
+    parser.add_argument("--rounds", type=int, default=0, help="how often each contender has its turn [30; tokenizers 3]")
+    parser.add_argument("--steps", type=int, default=50, help="training steps per round [50]")
     parser.add_argument("--json", type=Path, help="where the figures go [results/peers_NAME.json in the repository]")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 0 or args.steps < 1:
