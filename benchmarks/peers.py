@@ -539,7 +539,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("name", choices=list(PEERS), help="the script to measure")
     parser.add_argument("--threads", type=int, default=2, help="threads for everybody [2]")
-    parser.add_argument("--rounds", type=int, default=0, help="how often each contender has its turn [30; tokenizers 3]")
+    parser.add_argument("--rounds", type=int, default=0, help="turns of each contender [30; tokenizers 3]")
     parser.add_argument("--steps", type=int, default=50, help="training steps per round [50]")
     parser.add_argument("--json", type=Path, help="where the figures go [results/peers_NAME.json in the repository]")
     args = parser.parse_args(argv)
