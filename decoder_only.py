@@ -47,6 +47,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+# The model needs torch alone. matplotlib, requests, tiktoken and safetensors are imported where they are used.
 import torch
 import torch.distributed as dist
 import torch.nn as nn
