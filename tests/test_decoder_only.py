@@ -2401,3 +2401,82 @@ def test_gelu_by_hand_equals_torch(m, seed):
     assert y.isfinite().all() and mine.grad.isfinite().all()
     assert torch.allclose(y.double(), z, atol=1e-5, rtol=1e-5)
     assert torch.allclose(mine.grad.double(), theirs.grad, atol=2e-5, rtol=1e-5)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub in small: "tiny" is "org/tiny" now; weights lie in a storage, announced with their SHA-256."""
+
+    files, asked, lie = {}, [], False
+
+    def do_GET(self):
+        self.asked.append((self.command, self.path))
+        name = self.path.rsplit("/", 1)[-1]
+        if self.path.startswith("/tiny/"):
+            return self.go(307, "/org" + self.path)  # relative, and without a hash
+        if self.path.startswith("/org/tiny/") and name == "model.safetensors":
+            digest = hashlib.sha256(self.files[name]).hexdigest()
+            return self.go(302, f"http://{self.headers['Host']}/storage/{name}", "0" * 64 if self.lie else digest)
+        if name not in self.files or not self.path.startswith(("/org/tiny/", "/storage/")):
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.files[name])))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.files[name])
+
+    do_HEAD = do_GET
+
+    def go(self, status, place, digest=None):
+        self.send_response(status)
+        self.send_header("Location", place)
+        if digest:
+            self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(m, hf, tmp_path, monkeypatch):
+    """-> (handler class, their model). The working directory is empty and $HF_ENDPOINT names the hub."""
+    pytest.importorskip("requests")
+    theirs = published(hf, 1)
+    theirs.save_pretrained(tmp_path / "source")
+    handler = type("Handler", (Hub,), {"asked": [], "files": {
+        name: (tmp_path / "source" / name).read_bytes() for name in ("config.json", "model.safetensors")}})
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("LLM_DATA", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
+        yield handler, theirs
+        running.shutdown()
+
+
+@pytest.mark.parametrize("repo", ["tiny", "org/tiny"])
+def test_a_repository_is_fetched_once_and_agrees(m, hub, repo):
+    """Through both redirects; the second time nobody is asked, so it works without a network."""
+    handler, theirs = hub
+    model, cfg = m.from_pretrained(repo)
+    ids = torch.randint(cfg.vocab_size, (2, 5))
+    assert torch.allclose(model(ids), hf_logits(theirs, ids), atol=1e-4)
+    before = len(handler.asked)
+    m.from_pretrained(repo)
+    assert before and len(handler.asked) == before
+
+
+@pytest.mark.parametrize("repo", ["tiny", "org/tiny"])
+def test_weights_that_differ_from_the_announced_hash_are_refused(m, hub, repo):
+    """The hash comes with the last redirect but one: a renamed repository must not lose it."""
+    handler, _ = hub
+    handler.lie = True
+    with pytest.raises(OSError, match="SHA-256"):
+        m.from_pretrained(repo)
+    assert not list(Path("data").rglob("model.safetensors"))
+
+
+def test_a_repository_that_does_not_exist_is_one_line(m, hub, capsys):
+    assert "org/none" in complaint(m, capsys, "--load", "org/none", "--prompt", "x")
