@@ -761,7 +761,7 @@ def prepare(batch, generator):
 # + step number are the whole state of a run, and a resumed run equals one that was never stopped, to the last bit
 # (on the CPU; GPU kernels that add with atomics may differ in the last digits).
 #
-# Rank = one of several equal processes, one per GPU, started by `torchrun --nproc-per-node 2 decoder_only.py`.
+# Rank = one of several equal processes, one per GPU, started by `torchrun --nproc-per-node 2 SCRIPT.py`.
 # all_reduce adds a tensor up over all of them. Alone you are rank 0 of 1: at first reading skip every line that says
 # rank or world.
 def ranks():
@@ -799,8 +799,8 @@ def setup(cfg):
 def lr_at(step, cfg):
     """Learning rate of the update number `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio."""
     # Adam's first update is m_hat / sqrt(v_hat) = g / |g| = +-1: every weight moves by the full lr, whatever its
-    # gradient. At 3e-3 that is 3 % of the initial std, in a direction that one batch chose. With warm-up the first step
-    # is 3e-5.
+    # gradient. At lr 3e-3 that is 3 % of weights of std 0.1, in a direction that one batch chose. With 100 steps of
+    # warm-up the first one is 3e-5.
     # step + 1: update 0 already moves. Trap: step / warmup_steps makes the first update a no-op.
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -826,7 +826,8 @@ def make_optimizer(model, cfg):
     # has nothing to shrink. Both are vectors: the number of axes tells them apart.
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    # lr * weight_decay is 3e-4 a step at most; over the default run decay alone shrinks a weight to 0.72 of its size.
+    # lr 3e-3 and weight_decay 0.1 take 3e-4 of a weight per step at most; over 2,000 steps of a cosine decay alone
+    # shrinks it to 0.72 of its size.
     # Trap: adding the decay to the gradient (Adam with L2). It is then divided by sqrt(v) too, and the weights with
     # large gradients hardly decay: the W in AdamW.
     # fused: one kernel for the whole update instead of a dozen small operations per parameter, on CPU as well.
@@ -842,8 +843,8 @@ def evaluate(model, data, cfg, loss_fn):
     rank, world = ranks()
     device = next(model.parameters()).device
     model.eval()  # dropout off
-    # Rank r takes batches r, r + world, ... Shakespeare's 1,742 validation rows are 146 forward passes; a training step
-    # costs about three, so a look every 250 steps adds a fifth to the run. Sums and counts travel, not means: the last
+    # Rank r takes batches r, r + world, ... A training step costs about three forward passes, so 146 validation batches
+    # every 250 steps (decoder_only.py's default) add a fifth to the run. Sums and counts travel, not means: the last
     # batch is smaller. Outside train()'s autocast: validation runs in the dtype of the weights.
     totals = torch.zeros(2, device=device)
     for start in range(rank * cfg.batch_size, len(data[0]), world * cfg.batch_size):
@@ -951,14 +952,14 @@ def polite_interrupt():
 
 
 # Q: How much arithmetic is one training step?
-# A: About 6 operations per parameter and token: 2 forward, 4 backward. Here 6 x 0.8 M x 768 tokens = 4 GFLOP; GPT-2
+# A: About 6 operations per parameter and token: 2 forward, 4 backward. 0.8 M parameters and 768 tokens: 4 GFLOP; GPT-2
 #    124M with 0.49 M tokens a step 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
-def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None):
+def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None, guess=None):
     """Train for cfg.max_steps optimizer steps. -> {"val_loss", "history", "seconds", "tokens_per_second"}.
 
-    extra goes into the checkpoint; after_step(step) is called after every step. Ctrl-C finishes the step (torchrun: up
-    to ten steps), saves, and exits with 130. A loss that is not finite ends the run, names the step, and leaves the
-    last good checkpoint alone.
+    extra goes into the checkpoint; after_step(step) is called after every step; guess says what an untrained model
+    loses (None: ln V). Ctrl-C finishes the step (torchrun: up to ten steps), saves, and exits with 130. A loss that is
+    not finite ends the run, names the step, and leaves the last good checkpoint alone.
     """
     rank, world = ranks()
     device = next(model.parameters()).device
@@ -1010,8 +1011,8 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             batch = prepare(batch, seeded(cfg.seed + 1, step))
             if not model.training:  # evaluate() and generate() switch to eval mode
                 net.train()
-            # Preset gpt2: 40 micro-steps of 12 rows. All 480 rows at once would give the same gradient and need 40
-            # times the activations, about 590 GB.
+            # GPT-2 124M: 40 micro-steps of 12 rows of 1,024 tokens. All 480 rows at once would give the same gradient
+            # and need 40 times the activations, about 590 GB.
             totals = torch.zeros(2, device=device)
             for micro in range(cfg.grad_accum):
                 first = micro * cfg.batch_size + rank * share  # this rank's rows of this micro-step
@@ -1072,8 +1073,9 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             busy += time.perf_counter() - clock  # time in steps alone; evaluations and checkpoints are not counted
             if look or done:
                 if step == 1:
-                    tqdm.write(f"step     1: train {row['loss']:.4f}   a uniform guess over {cfg.vocab_size:,} tokens "
-                               f"costs ln V = {math.log(cfg.vocab_size):.4f}")
+                    V = cfg.vocab_size
+                    uniform = guess or f"a uniform guess over {V:,} tokens costs ln V = {math.log(V):.4f}"
+                    tqdm.write(f"step     1: train {row['loss']:.4f}   {uniform}")
                 if seen:
                     row |= evaluate(model, val_data, cfg, loss_fn)
                     if not math.isfinite(row["val_loss"]):
@@ -1082,7 +1084,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
                                f"{tokens / busy:,.0f} tokens/s")
                 history.append(row | {"seconds": round(before["seconds"] + time.perf_counter() - began, 3)})
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            # Weights, m and v: 12 bytes per parameter, 9.7 MB here, 1.5 GB for GPT-2 124M. Rank 0 alone writes.
+            # Weights, m and v: 12 bytes per parameter, 9.7 MB for 0.8 million, 1.5 GB for 124. Rank 0 alone writes.
             if rank == 0 and (final or done or step % cfg.save_every == 0):
                 save_checkpoint(path, model, optimizer, step, cfg, {**extra, "history": history})
                 # The history in the checkpoint is the true one; this file is a copy of it for people and plots. Were it
@@ -1269,13 +1271,14 @@ def generate(model, ids, max_new_tokens, *, mask=None, temperature=0.0, top_k=0,
 #              +-- d  -0.9 --+-- e -1.0   the winner begins with the second-best first token: greedy would miss it
 #                            +-- f -4.0   cut
 @torch.no_grad()
-def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_penalty=1.0, eos_ids=(), pad_id=0,
-                n_best=1):
+def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_penalty=1.0, gnmt=False, eos_ids=(),
+                pad_id=0, n_best=1):
     """Keep the num_beams best prefixes at every step. -> (ids (B, n_best, N), scores (B, n_best)), best first.
 
-    score = sum of log-probs / length ** length_penalty, the length counting the EOS. A row stops when its best running
-    beam, scored at its present length, is no better than its worst finished one (Hugging Face's default rule).
-    Raises ValueError if n_best > num_beams.
+    score = sum of log-probs / length ** length_penalty, the length counting the EOS. gnmt: / ((5 + length) / 6) ** ...
+    instead, which favours length less among short texts (Wu et al. 2016, arXiv 1609.08144, eq. 14). A row stops when
+    its best running beam, scored at its present length, is no better than its worst finished one (Hugging Face's
+    default rule). Raises ValueError if n_best > num_beams.
     """
     # Q: Why is the most probable text often a poor one, and the search still used?
     # A: Open-ended text of highest probability is bland and repeats itself; people do not write likely words only. With
@@ -1302,6 +1305,7 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
     # (At least 2*K, also without an EOS: Hugging Face takes as many, so that results can be compared one to one.)
     wanted, n = min(max(2, 1 + len(eos)) * K, K * V), -1
     for n in range(N):
+        norm = ((5 + n + 1) / 6 if gnmt else n + 1) ** length_penalty
         logp = logits.float().log_softmax(-1).view(B, K, V)                    # (B, K, V)
         # The continuations of all beams of a row compete in one list; the index tells beam and token of a winner.
         score, index = (logp + running[:, :, None]).flatten(1).topk(wanted)    # (B, M)
@@ -1310,7 +1314,7 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
         longer[:, :, n] = token
         ends = torch.isin(token, eos) | (n == N - 1)                           # (B, M)
         # An ending counts only among the K best: at rank K+1 the prefix would have been cut, had it gone on.
-        final = (score / (n + 1) ** length_penalty).masked_fill(~(ends & active[:, None]), -math.inf)  # (B, M)
+        final = (score / norm).masked_fill(~(ends & active[:, None]), -math.inf)  # (B, M)
         final[:, K:] = -math.inf
         # The K finished so far and the M new endings compete for K places: pick says who stays, gather fetches them.
         finished, pick = torch.cat((finished, final), 1).topk(K)               # (B, K)
@@ -1318,7 +1322,7 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
         running, pick = score.masked_fill(ends, -math.inf).topk(K)             # (B, K)
         # Log-probs are negative and add up: the sum only falls. But dividing by a growing length can raise the mean,
         # so with length_penalty > 0 this stop is a heuristic, and the published one.
-        active = active & (running[:, 0] / (n + 1) ** length_penalty > finished[:, -1])  # (B)
+        active = active & (running[:, 0] / norm > finished[:, -1])             # (B)
         if n == N - 1 or not bool(active.any()):
             break
         tokens = longer.gather(1, pick[:, :, None].expand(-1, -1, N))          # (B, K, N)
@@ -1399,15 +1403,14 @@ def export_weights(model):
             for name, tensor in model.named_parameters()}
 
 
-def hub_folder(repo):
-    """Fetch config and weights of a Hugging Face repository into ./data. -> the folder. Raises OSError."""
+def hub_folder(repo, names=("config.json", "model.safetensors")):
+    """Fetch these files of a Hugging Face repository into ./data. -> the folder. Raises OSError."""
     from urllib.parse import urljoin
 
     import requests
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         raise FileNotFoundError(f"there is no folder {repo}")
     base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main"
-    names = ("config.json", "model.safetensors")
     for root in filter(None, (os.environ.get("LLM_DATA"), "data")):
         folder = Path(root) / repo.replace("/", "--")
         if all((folder / name).is_file() for name in names):  # fetched before: no network needed
@@ -1441,7 +1444,7 @@ def from_pretrained(path_or_repo):
     cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
     # On the meta device a model has shapes and no memory: nothing is allocated or drawn that would be replaced at once.
     with torch.device("meta"):
-        model = GPT(cfg)
+        model = build_model(cfg)
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as problem:
@@ -1485,7 +1488,7 @@ def memory_gb(cfg, parameters):
 def check_memory(cfg, device):
     """Refuse, with the estimate, what cannot fit on this machine: trying would make it swap and freeze instead."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(cfg).parameters())
+        parameters = sum(p.numel() for p in build_model(cfg).parameters())
     need, have = memory_gb(cfg, parameters), math.inf
     if device.type == "cuda":
         have = torch.cuda.mem_get_info(device)[1] / 1e9  # [1]: all, not the free part; refuse only what can never fit
@@ -1530,7 +1533,7 @@ def exact_match(model, tokenizer, numbers):
 # How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
 # the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
 # targets). Stuck at the entropy of the characters, 3.3 for English: the context is ignored, see mask and positions.
-def plot_curve(path, history, title, lines):
+def plot_curve(path, history, title, lines, unit="nats per token"):
     """Training and validation loss against steps; lines = {label: height} are drawn across (ln V, the floor)."""
     import matplotlib
     matplotlib.use("Agg")  # draws into files; no window, so it works on a server
@@ -1543,7 +1546,7 @@ def plot_curve(path, history, title, lines):
     for label, height in lines.items():
         ax.axhline(height, ls="--", lw=0.8, color="tab:red")
         ax.text(0.5, height, label, transform=ax.get_yaxis_transform(), ha="center", va="bottom", fontsize=8)
-    ax.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    ax.set(xlabel="step", ylabel=f"loss, {unit}", title=title)
     ax.legend()
     fig.tight_layout()
     write_atomically(path, lambda file: fig.savefig(file, format="png"))

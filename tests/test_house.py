@@ -499,9 +499,55 @@ def trace_toy_dataset(m, tmp_path, fixed):
     list(m.batches({"ids": torch.zeros(11, 3)}, 4, 0))
 
 
+def trace_encoder_only(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=3, D=8)
+    small = dict(n_layer=2, n_head=3, n_embd=24, max_steps=3, warmup_steps=1, eval_every=2, device="cpu")
+    m.main(m.Config(**small, batch_size=97, out=str(tmp_path / "run")))
+    for extra in ({}, {"rounds": 2}, {"beams": 2}):
+        m.main(m.Config(load=str(tmp_path / "run"), prompt=m.EXAMPLES[2], device="cpu", **extra))
+    text = tmp_path / "sentences.tsv"
+    text.write_text("".join(f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}\n" for i in range(300)))
+    m.main(m.Config(**small, heads="mlm", block_size=16, batch_size=37, finetune_steps=3, data=str(text),
+                    out=str(tmp_path / "text")))
+    for heads, labels in (("pool", 0), ("tag", 5), ("mlm", 0)):
+        model = m.build_model(m.Config(heads=heads, n_labels=labels, vocab_size=43, n_embd=24, n_head=3, mask_id=5))
+        ids, mask = torch.randint(1, 43, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+        mask[0, :3] = False
+        model(ids)
+        model(ids, mask)
+        m.mean_pool(model.hidden(ids, mask), mask)
+
+
+def trace_encoder_decoder(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=3, D=10, F=50)
+    small = dict(n_layer=2, n_head=3, n_embd=24, head_size=10, ffn_size=50, max_steps=3, warmup_steps=1, eval_every=2,
+                 device="cpu")
+    m.main(m.Config(**small, batch_size=97, out=str(tmp_path / "run")))
+    m.main(m.Config(load=str(tmp_path / "run"), prompt="40215", beams=3, n_best=2, device="cpu"))
+    text = tmp_path / "text.tsv"
+    text.write_text("".join(f"zeile {i} von vielen\tline {i} of many\n" for i in range(200)))
+    m.main(m.Config(**small, block_size=30, batch_size=19, data=str(text), vocab_size=300, gated=True, n_best=1,
+                    tie_weights=False, max_new_tokens=4, out=str(tmp_path / "pairs")))
+    m.main(m.Config(**small, block_size=30, batch_size=19, objective="span", data="pydocs", vocab_size=300,
+                    positions="sinusoidal", out=str(tmp_path / "span")))
+    for positions in ("relative", "sinusoidal"):
+        model = m.build_model(m.Config(**{**small, "vocab_size": 43, "positions": positions})).eval()
+        src, tgt, mask = torch.randint(1, 43, (5, 7)), torch.randint(1, 43, (5, 6)), torch.ones(5, 7, dtype=torch.bool)
+        mask[0, :3] = False
+        model(src, tgt)
+        model(src, tgt, mask)
+        m.generate(model, src, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+        m.beam_search(model, src, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+
+
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
-SCENARIOS = {"decoder_only": trace_decoder_only, "toy_dataset": trace_toy_dataset}
+SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
+             "encoder_decoder": trace_encoder_decoder, "toy_dataset": trace_toy_dataset}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -512,6 +558,9 @@ TRAINED = "metrics.jsonl summary.json curve.png sample.txt ckpt.pt".split()
 ALONE = {
     "toy_dataset": ("", ["summary.json", "*.png"]),
     "bpe_tokenizer": ("--vocab-size 300", ["summary.json", "*.png"]),
+    "encoder_only": ("--max-steps 30 --warmup-steps 5 --eval-every 15 --n-layer 1 --n-embd 32", TRAINED),
+    "encoder_decoder": ("--max-steps 30 --warmup-steps 5 --eval-every 15 --n-layer 1 --n-embd 32",
+                        [*TRAINED, "attention.png"]),
     "decoder_only": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 2 --n-embd 32 --n-head 2", TRAINED),
 }
 
