@@ -206,7 +206,10 @@ def parse_config(cls, presets, argv=None):
 #                                (self, mlp)           |                                  (self, cross, mlp)    |
 #                                                    memory -------- keys, values ----------------^           head
 #                                                                                                    "two" is next
-# Every block adds to a stream x (.., C), as in decoder_only.py, and the norms stand in front (pre-norm).
+# Every block adds to a stream x (.., C), and reads it through a norm (pre-norm): the way from the loss to the embedding
+# is a chain of additions, so gradients arrive whole at any depth. The 2017 paper normalised behind each sum (post-norm)
+# and needed 4,000 steps of warm-up for it.
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., C)."""
 
@@ -250,12 +253,35 @@ def sinusoids(positions, C):
     Wavelengths from 2*pi to 10,000 * 2*pi, in equal factors: like the digits of a clock, each turns slower.
     """
     # A shift by s turns every (sine, cosine) pair by a fixed angle: "s back" is a linear map, learnable by q and k.
+    # Positions 0 and 1 differ by 57 degrees in the fastest pair and by 1/10,000 of a radian in the slowest.
     # (The paper interleaves sines and cosines; the order of columns means nothing to a matrix that is learned.)
     speed = 10_000 ** (-torch.arange(0, C, 2, device=positions.device) / C)
     angle = positions[..., None] * speed
     return torch.cat((angle.sin(), angle.cos()), -1)                           # (..., C)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without bias, faster for the few rows of decoding: x (..., in) -> (..., out)."""
+
+    def __init__(self, size_in, size_out):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x):
+        # One step of a search multiplies 2 to 16 rows (its beams) with a whole matrix: what takes time is reading the
+        # weights. CPU libraries split a product along the rows of its first factor, and here x has too few to split.
+        # (W x^T)^T is the same product with W in that place: 0.8 instead of 1.9 ms for 4 rows and 10,000 x 256 weights.
+        rows = x.numel() // x.size(-1)
+        if 1 < rows <= 16 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return (self.weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+# Attention is a soft dictionary. Each token makes a query (what do I look for?), a key (what do I offer?) and a value
+# (what do I hand over?). Query . key is a score, softmax turns a row of scores into weights that sum to 1, the result
+# is the weighted mean of the values. Three uses of one thing:
+#     encoder self     queries, keys, values from the source       all see all
+#     decoder self     all from the target                         nobody sees the future
+#     cross            queries from the target, keys and values from the source: the only place where the two meet
 class T5Attention(nn.Module):
     """Queries from one sequence, keys and values from the same (self) or from another one (cross). No biases."""
 
@@ -263,8 +289,8 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = cfg.n_head * cfg.head_size  # need not be C: t5-small v1.1 has 6 heads of 64 at width 512
         self.cfg = cfg
-        self.q, self.k, self.v = (nn.Linear(cfg.n_embd, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, cfg.n_embd, bias=False)
+        self.q, self.k, self.v = (Linear(cfg.n_embd, inner) for _ in range(3))
+        self.o = Linear(inner, cfg.n_embd)
         if relative:  # (32, H): one number per bucket and head
             self.relative_attention_bias = nn.Embedding(32, cfg.n_head)
 
@@ -296,6 +322,8 @@ class T5Attention(nn.Module):
         return (scores + bias).softmax(-1)                                     # (B, H, T, S)
 
 
+# Attention moves information between tokens; this works on each token alone. F detectors look at the C numbers, and
+# each that fires adds its own direction to the stream.
 class FeedForward(nn.Module):
     """wo(relu(wi x)) in T5 v1.0; wo(gelu(wi_0 x) * wi_1 x) in v1.1 (Shazeer 2020, arXiv 2002.05202)."""
 
@@ -303,8 +331,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.cfg = cfg
         for name in ("wi_0", "wi_1") if cfg.gated else ("wi",):
-            setattr(self, name, nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False))
-        self.wo = nn.Linear(cfg.ffn_size, cfg.n_embd, bias=False)
+            setattr(self, name, Linear(cfg.n_embd, cfg.ffn_size))
+        self.wo = Linear(cfg.ffn_size, cfg.n_embd)
 
     def forward(self, x):
         # Q: What does the gate buy?
@@ -360,8 +388,12 @@ class T5(nn.Module):
     for distances, and per layer 4*C*H*D (encoder), 8*C*H*D (decoder), 2*C*F (3*C*F if gated) in each of the two.
     """
 
+    # t5-small (C = 512, F = 2,048, H = 8, D = 64, L = 6, V = 32,128), in millions: table 16.4, encoder 6 * 3.15,
+    # decoder 6 * 4.20, together 60.5. A quarter is the list of pieces; the cross-attention makes a decoder layer a
+    # third larger.
     def __init__(self, cfg):
         super().__init__()
+        # 0 stands for the usual sizes; from here on the numbers themselves, so that the checkpoint holds them.
         cfg.head_size = cfg.head_size or cfg.n_embd // cfg.n_head
         cfg.ffn_size = cfg.ffn_size or 4 * cfg.n_embd
         self.cfg, C = cfg, cfg.n_embd
@@ -369,7 +401,7 @@ class T5(nn.Module):
         self.encoder, self.decoder = (
             nn.ModuleDict({"block": nn.ModuleList(T5Block(cfg, decoder, i == 0) for i in range(cfg.n_layer)),
                            "final_layer_norm": RMSNorm(C)}) for decoder in (False, True))
-        self.lm_head = nn.Linear(C, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(C, cfg.vocab_size)
         # Every product keeps the size of what it multiplies: std = 1/sqrt(fan-in), C but for these two.
         fan_in = {"o": cfg.n_head * cfg.head_size, "wo": cfg.ffn_size}
         for name, parameter in self.named_parameters():
@@ -518,6 +550,8 @@ def corrupt_spans(ids, generator, rate=0.15, length=3.0):
         edges = F.pad(F.pad(chosen, (1, 0)), (0, 1), value=total)
         return edges.diff(dim=1)
 
+    # T = 96: 14 tokens go, in 5 holes, so every source has 96 - 14 + 5 tokens and every target 14 + 5, and </s> each.
+    # Equal lengths in all rows: no padding, and one tensor operation for the whole batch.
     # Interleave: text 0, hole 0, text 1, hole 1 ...; a token's piece number is how many pieces end before it.
     lengths = torch.stack((cuts(T - missing), cuts(missing)), 2).flatten(1)    # (B, 2*holes)
     ends = lengths.cumsum(1)
@@ -878,6 +912,9 @@ class BPE:
         return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens)
 
 
+# Q: One vocabulary for two languages, or one each?
+# A: One. Names, numbers and cognates (Hand, Ball) are shared, and so is the table: half the parameters, and the head
+#    can be tied. The price: German compounds and English words compete for 4,000 places.
 SENTINELS = 32  # tokens that mark a hole; T5 has 100, at the other end of its vocabulary
 
 
@@ -1081,9 +1118,10 @@ def get_batch(data, rows, seed, step):
     rows out of a window of 8 * rows neighbours that starts anywhere. Where the data set is sorted by length, such rows
     are about equally long; where it is not, this is a draw like any other. Every row is as likely as any other.
     """
-    # 29,000 captions have 5 to 50 tokens, 17 on average: 64 of them drawn at random are padded to about 34. Taking
-    # neighbours alone would always show the same sentences together; a window of 8 batches mixes them.
-    # (index modulo the number of rows: the window that runs over the end goes on with the shortest.)
+    # Captions have 5 to 50 tokens, 17 on average: 64 of them drawn at random are padded to the longest, about 34, and
+    # half of the work would be spent on padding. Taking neighbours alone would always show the same sentences together;
+    # a window of 8 batches mixes them. (index modulo the number of rows: the window that runs over the end goes on with
+    # the shortest.)
     g, n = seeded(seed, step), len(data[0])
     start = torch.randint(n, (1,), generator=g)
     index = (start + torch.randperm(min(n, 8 * rows), generator=g)[:rows]) % n
@@ -1487,10 +1525,15 @@ class T5Cache:
     def __init__(self, model, memories, memory_bias, rows, max_len):
         shape = (model.cfg.n_layer, rows, model.cfg.n_head, max_len, model.cfg.head_size)
         self.keys, self.values = (model.shared.weight.new_zeros(shape) for _ in range(2))
+        self.spare = None  # a second pair of buffers, see reorder
         self.memories, self.memory_bias, self.length = memories, memory_bias, 0
         # The distances between max_len positions, worked out once; step P needs row P of it.
         self.bias = model.distance_bias(model.decoder, max_len, causal=True)   # (1, H, N, N)
 
+    # Q: What does decoding cost, compared with reading?
+    # A: Reading S tokens is one pass; writing T tokens is T passes, each over all decoder weights for one token per
+    #    row: bound by memory, not by arithmetic. Long sources are cheap, long targets are not. (Deep encoder, shallow
+    #    decoder is a common trade: Kasai et al. 2020, arXiv 2006.10369.)
     def update(self, layer, k, v):
         """Write k, v (rows, H, T, D) behind what is there. -> all so far, (rows, H, P+T, D) each."""
         end = self.length + k.size(2)
@@ -1499,8 +1542,10 @@ class T5Cache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, P+T, D)
 
 
-# generate() and beam_search() are decoder_only.py's. They ask for three things, which every model defines for itself:
-# prefill (read the source, write nothing yet), decode_step (append one token), reorder (choose rows).
+# generate() and beam_search() are decoder_only.py's, to the letter: a search needs to know nothing about the model but
+# three functions. "ids" is the source here, and what they return is the target, as new ids always are. They ask for
+# three things, which every model defines for itself: prefill (read the source, write nothing yet), decode_step (append
+# one token), reorder (choose rows).
 def prefill(model, ids, mask, max_len):
     """Read the sources ids (B, S). -> (logits (B, V) for the first target token, state). max_len = S + new tokens."""
     if ids.size(1) == 0:
@@ -1513,7 +1558,7 @@ def prefill(model, ids, mask, max_len):
 def decode_step(model, token, state):
     """Append one token (rows,) per row. -> (logits (rows, V), state)."""
     P = state.length
-    bias = state.bias[:, :, P:P + 1, :P + 1]                                   # (1, H, 1, P+1)
+    bias = state.bias[:, :, P:P + 1, :P + 1]  # how far the new token is from each one so far
     x = model.decode(token[:, None], state.memories, state.memory_bias, bias, state)  # (B, 1, C)
     return model.lm_head(x[:, 0]), state
 
@@ -1521,10 +1566,18 @@ def decode_step(model, token, state):
 def reorder(state, rows):
     """-> the state whose row i is the old row rows[i]. The rows of one source must stay together, as beams do.
 
-    Only what was written is copied. The source's keys stay where they are: all its beams share them.
+    Only what was written is copied. The source's keys stay where they are: all its beams share them. The old state's
+    buffers serve again at the next call: go on with the new state alone.
     """
-    new = copy.copy(state)
-    new.keys, new.values = state.keys.index_select(1, rows), state.values.index_select(1, rows)
+    new, P = copy.copy(state), state.length
+    # Two pairs of buffers take turns. Fresh memory at every step costs more than the copy: the system has to clear it.
+    pair = state.spare
+    if pair is None or pair[0].size(1) != len(rows):
+        shape = (len(state.keys), len(rows), *state.keys.shape[2:])
+        pair = tuple(state.keys.new_zeros(shape) for _ in range(2))
+    for old, fresh in zip((state.keys, state.values), pair, strict=True):
+        torch.index_select(old[:, :, :, :P], 1, rows, out=fresh[:, :, :, :P])
+    new.keys, new.values, new.spare = *pair, (state.keys, state.values)
     return new
 
 
@@ -1949,6 +2002,9 @@ def alignment(model, tokenizer, source, target):
     return torch.stack(seen)                                                   # (L, H, T, S)
 
 
+# Q: Do attention weights explain what the model does?
+# A: Only roughly. They say where a head looked, not what it took from there, and the vectors it looks at have already
+#    mixed with their neighbours in the encoder. As a check that source and target are aligned they are good.
 # How to read it: row = the word that is being written, column = the source token that is looked at. A decoder layer
 # that translates looks like a staircase: word by word, from left to right. Other layers count, or look at the end.
 def plot_alignment(path, model, tokenizer, source, target):
@@ -2010,6 +2066,7 @@ def write_text(model, tokenizer, cfg, prompt, on_token=None):
         rows = generate(model, ids, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                         eos_ids=tokenizer.eos_ids, on_token=on_token,
                         generator=torch.Generator(ids.device).manual_seed(cfg.seed))
+    # </s> = 1 ends the answer and is no part of it; what follows is padding.
     texts = [tokenizer.decode(row[:row.index(1)] if 1 in row else row).strip() for row in rows.tolist()]
     if cfg.n_best > 1:
         texts = [f"{score:8.4f}  {text}" for score, text in zip(scores, texts, strict=True)]
@@ -2025,7 +2082,7 @@ def load_any(cfg):
     shape = {"n_layer", "n_head", "n_embd", "head_size", "ffn_size", "gated", "tie_weights", "positions", "vocab_size"}
     free = {field.name for field in dataclasses.fields(cfg)} - shape
     # A preset's shape is a wish of the preset, not of the user: only what was typed can contradict the weights.
-    for name in shape - getattr(cfg, "given", frozenset()):
+    for name in shape - cfg.given if hasattr(cfg, "given") else ():
         setattr(cfg, name, getattr(Config, name))
     path = Path(cfg.load)
     path = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path
@@ -2080,6 +2137,7 @@ def main(cfg):
         dist.barrier()
     if cfg.resume and info["sha256"] != state["extra"]["data"]["sha256"]:
         sys.exit(f"error: --resume: {info['name']} is not the data that this run was trained on (SHA-256 differs)")
+    # A learned vocabulary may stay smaller than --vocab-size asked for: merges stop when no pair occurs twice.
     # "auto" becomes the name of what was found: a resumed run must not find something else.
     cfg = dataclasses.replace(cfg, data=info["name"], vocab_size=cfg.vocab_size if cfg.load else tokenizer.n_vocab)
     check_memory(cfg, device)
@@ -2089,6 +2147,7 @@ def main(cfg):
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows a step; "
           f"everything goes to {out}/")
+    # toy: every answer can be checked; span: a text that gets holes; neither: sentences, judged by BLEU.
     toy, span = cfg.data == "numbers", cfg.objective == "span"
     # What to ask while it learns: a number or a sentence.
     prompt = cfg.prompt or ("40215" if toy else "" if span else test[0][0])
@@ -2104,6 +2163,7 @@ def main(cfg):
     if rank > 0:
         return model, cfg
     figures, uniform, floor = ["curve.png"], math.log(cfg.vocab_size), 0.0 if toy else None
+    # 2,000 draws of all lengths, and the rare kind where models fail first: a mean over the draws hides those.
     if toy:
         results = {"exact_match": exact_match(model, tokenizer, test, cfg),
                    "exact_match_stress": exact_match(model, tokenizer, stress_numbers(), cfg)}

@@ -198,6 +198,17 @@ def parse_config(cls, presets, argv=None):
 #
 # The names are those of the published weights: bert.encoder.layer.0.attention.self.query.weight and so on. A ModuleDict
 # is a dict of layers whose keys become those names.
+#
+# Attention is a soft dictionary. Each token makes three vectors: a query (what do I look for?), a key (what do I
+# offer?) and a value (what do I hand over?). Query . key is a score, softmax turns a row of scores into weights that
+# sum to 1, and the result is the weighted mean of the values. The H heads do this side by side on D = C/H numbers each:
+# here one may look at the digit of the same place in the other half, while another looks for the word "thousand".
+# The scores are divided by sqrt(D): a sum of D products of unit variance has variance D, and softmax of scores that
+# large is a hard maximum without gradient (Vaswani et al. 2017, section 3.2.1).
+#
+# LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the C numbers of one token (Ba et al. 2016,
+# arXiv 1607.06450). The mlp works on each token alone: 4*C detectors, each of which adds its own direction when it
+# fires. Attention moves information between tokens, the mlp, with two thirds of a layer's weights, works on it.
 class BertLayer(nn.Module):
     """One layer: x = LN(x + attention(x)), then LN(x + mlp(x)).   x (B, T, C) -> (B, T, C)."""
 
@@ -228,7 +239,8 @@ class BertLayer(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, p if self.training else 0.0)  # (B, H, T, D)
         y = self.attention["output"]["dense"](y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         x = self.attention["output"]["LayerNorm"](x + F.dropout(y, p, self.training))  # (B, T, C)
-        # GELU(x) = x * P(N(0,1) < x), here in its exact form with erf. Trap: GPT-2's tanh form differs in digit 3.
+        # GELU(x) = x * P(N(0,1) < x), in its exact form with erf. Trap: GPT-2's tanh form differs by up to 5e-4 per
+        # activation, enough that loaded weights disagree with the published model in digit 3.
         y = F.gelu(self.intermediate["dense"](x))                              # (B, T, 4*C)
         y = self.output["dense"](y)                                            # (B, T, C)
         return self.output["LayerNorm"](x + F.dropout(y, p, self.training))    # (B, T, C)
@@ -240,6 +252,12 @@ class BERT(nn.Module):
     ids (B, T) int64; mask (B, T) bool, True = real token (pads on either side), None = all real; segments (B, T) 0 or
     1, None = all 0. cfg.heads says which heads exist. bert-base with both pre-training heads: 110,106,428 parameters.
     """
+
+    # Where they are, for bert-base (C = 768, L = 12, V = 30,522), in millions:
+    #     tables       V*C + 512*C + 2*C + norm            23.84     a fifth of the model is the list of words
+    #     layers       L * (12*C*C + 13*C)                 85.05     attention 4*C*C, mlp 8*C*C, biases and norms 13*C
+    #     pooler       C*C + C                              0.59
+    #     heads        C*C + C + norm + V   and  2*C + 2    0.62     the decoder's V*C are the word table again (tied)
 
     def __init__(self, cfg):
         super().__init__()
@@ -313,6 +331,11 @@ class BERT(nn.Module):
 
     def match(self, x, mask=None):
         """Do the two halves belong together? (B, T, C) -> logits (B, 2); as published, class 0 = yes, class 1 = no."""
+        # Q: Was "next sentence prediction" a good idea?
+        # A: BERT's wrong pairs came from another document, so the topic gave them away and little was learned; RoBERTa
+        #    dropped the task and lost nothing. ALBERT swapped two sentences of one text instead, which has to be read.
+        #    What matters is how hard the wrong pairs are: ours differ in one digit.
+        # Trap: 0 is yes. Whoever takes class 1 for "match" gets an accuracy near 0 and thinks that nothing was learned.
         return self.cls["seq_relationship"](self.pool(x, mask))                # (B, 2)
 
     def classify(self, x, mask=None):
@@ -321,6 +344,7 @@ class BERT(nn.Module):
 
     def tag(self, x):
         """Which class is each token, a name, a verb? (B, T, C) -> logits (B, T, G)."""
+        # A word of several pieces has several vectors; by convention the first piece's class is the word's.
         return self.classifier(F.dropout(x, self.cfg.dropout, self.training))  # (B, T, G)
 
     def forward(self, ids, mask=None, segments=None, chosen=None):
@@ -334,7 +358,7 @@ class BERT(nn.Module):
             # Q: Why only at the hidden positions?
             # A: The others have no target, and the head is the dear part: per token C*C + C*V multiplications, 24 M of
             #    bert-base's 109 M. At 15 % that is 3.6 M, and the logits of a batch take 15 % of the memory. In a small
-            #    model with a real vocabulary (width 256, V 30,522) the head is seven tenths of all the work.
+            #    model with a real vocabulary (4 layers, width 256, V 30,522) the head is seven tenths of all the work.
             # (A boolean index has to count first: on a GPU this waits once per step.)
             return self.mlm(x[chosen]), self.match(x, mask) if self.cfg.heads == "mlm+match" else None
         if self.cfg.heads == "pool":
@@ -368,10 +392,16 @@ def build_model(cfg):
 #     targets     -    -  0    -      -     -           what it is asked; - is IGNORE
 # A decoder gets a question out of every token, a cloze only out of the hidden ones: 15 % here. In return each question
 # is asked with both sides in view.
+#
+# Q: Why 15 %?
+# A: Fewer questions per pass waste passes; more leave less text to answer from. 15 % was BERT's guess; with the same
+#    number of steps 40 % trains large models better (Wettig et al. 2022, arXiv 2202.08005), since more questions are
+#    worth more than easier ones. In a row of 12 tokens 15 % hides one or two, and 14 % of the rows hide none.
 
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
 
 
+# differs from toy_dataset.py: the dice are handed in, thrown before the batch is dealt out to ranks
 def mask_tokens(ids, dice, mask_id, vocab_size, rate=0.15):
     """BERT's noise (Devlin et al. 2018, section 3.1). -> (noisy ids (B, T), targets (B, T), IGNORE where not chosen).
 
@@ -425,6 +455,7 @@ def prepare(batch, generator):
 
     The dice are thrown here, for the whole batch and before it is dealt out to ranks: all of them see one noise.
     """
+    # One throw per token decides whether and how it is hidden, a second one picks the random token.
     # New dice at every step: the same row asks other questions in every epoch ("dynamic masking", RoBERTa, Liu et al.
     # 2019, arXiv 1907.11692). Trap: masking once, when the data is made. 40 epochs then repeat the same few questions.
     ids, segments, label = batch
@@ -552,6 +583,9 @@ def pair_rows(numbers, tokenizer, seed):
 
     A wrong pair names a number that is easily taken for the right one (near_miss). label: 0 = match, 1 = no match.
     """
+    #     ids        [CLS]   4   2  [SEP]  forty  two  [SEP]  pad pad ...
+    #     segments     0     0   0    0      1     1     1     0   0  ...       label 0
+    #     ids        [CLS]   4   2  [SEP]  forty  six  [SEP]  pad pad ...       label 1: one digit differs
     # A wrong name at random would be spotted by its length: the head would count words and never read them.
     rng, rows, segments, labels = random.Random(seed), [], [], []
     for n in numbers:
@@ -586,6 +620,11 @@ class ToyTokenizer:
 # Words or pieces of words? A vocabulary of whole words has no entry for "unwatchable", and every [UNK] is information
 # lost. WordPiece (Schuster & Nakajima 2012) keeps frequent words whole and spells the others: un ##watch ##able. "##"
 # says "goes on from the piece before": so words can be put together again.
+#
+# Q: WordPiece or byte-level BPE?
+# A: BPE (GPT-2) replays its merges, keeps every byte and gives the text back exactly. WordPiece matches the longest
+#    piece, throws away case, accents and double spaces, and knows [UNK]. For reading that loses little; for writing it
+#    would lose the text. "##" marks going on where BPE marks a space: it assumes that words are separated by spaces.
 class WordPiece:
     """BERT's tokenizer: lower case, split at spaces and punctuation, then the longest known piece first.
 
@@ -1129,6 +1168,8 @@ def fill_beam(model, ids, num_beams=4, mask=None, segments=None):
 
     -> (rows (K, T), scores (K)), best first: score = sum of ln p(blank | text, blanks filled before it).
     """
+    # 90617 = [MASK] thousand [MASK] hundred ..., K = 2: after the first blank {ninety -0.1, nine -3}, after the second
+    # {ninety six -0.2, ninety sixty -4}: "nine" is out, beaten by two continuations of "ninety".
     # The chain rule: p(a, b) = p(a) * p(b | a). Any order of the blanks would do; left to right is as good as another,
     # though for a trained model the products differ a little: nothing forced its conditionals to agree.
     model.eval()
@@ -1152,6 +1193,11 @@ def unmask(model, ids, rounds, mask=None, segments=None):
     Mask-predict (Ghazvininejad et al. 2019, arXiv 1904.09324), without its second thoughts: what is filled stays.
     rounds = 1 fills all at once, like fill_mask; rounds = the number of blanks fills one at a time.
     """
+    # Why the surest first: what is filled helps with the rest, and what was filled wrongly misleads it.
+    #     90617 [SEP] [MASK]  [MASK]   [MASK] [MASK]  [MASK]         5 blanks, 3 rounds: 2, then 2, then 1
+    #     90617 [SEP] ninety  thousand [MASK] [MASK]  [MASK]
+    #     90617 [SEP] ninety  thousand [MASK] hundred seventeen
+    #     90617 [SEP] ninety  thousand six    hundred seventeen
     model.eval()
     for left in range(rounds, 0, -1):
         blank = ids == model.cfg.mask_id                                       # (B, T)
@@ -1172,6 +1218,10 @@ def unmask(model, ids, rounds, mask=None, segments=None):
 #     embeddings.word_embeddings...  without "bert." in front when only the encoder was saved (BertModel)
 #     cls.predictions.bias           the decoder's bias under a second name; files hold either or both
 #     position_ids                   the numbers 0 .. 511; not a weight
+# Q: How do you know that published weights arrived right?
+# A: Compare logits with the reference on the same ids, padding and segments included: within 1e-4 in float32, not
+#    equal, since sums of 768 products in another order round differently. Reading the answers proves little: with the
+#    wrong GELU or with eps 1e-5 they still read well.
 def heads_in(names):
     """Which of HEADS a file holds, from the names of its tensors. Raises ValueError when it is no BERT."""
     if any(name.startswith("cls.predictions.") for name in names):
@@ -1389,8 +1439,10 @@ def plot_curve(path, history, title, lines, unit="nats per token"):
     plt.close(fig)
 
 
-# Is 90 % good? With a digit and its word both hidden, nobody can know. So we ask somebody who knows the language by
-# heart: he goes through all 1,000,000 numbers, keeps those that agree with what is visible, and counts.
+# Q: Is 88 % good?
+# A: Ask what can be known. With a digit and its word both hidden, nobody can. So we ask somebody who knows the language
+#    by heart: he goes through all 1,000,000 numbers, keeps those that agree with what is visible, and counts. His share
+#    of right guesses is the ceiling, his loss the floor; and he tells us which tokens can be known at all.
 def all_forms():
     """-> (table (15, 1000000) uint8, prior (1000000)): every number's 6 digits and 9 words as ids, 0 where it has none.
 
@@ -1426,10 +1478,10 @@ def cloze_accuracy(model, tokenizer, numbers, cfg):
         lists = []
         for c in columns:
             if (c, row[c]) not in where:
-                where[c, row[c]] = (table[c] == row[c]).nonzero()[:, 0]        # (N)
+                where[c, row[c]] = (table[c] == row[c]).nonzero()[:, 0]
             lists.append((len(where[c, row[c]]), c))
         first, *others = sorted(lists)  # begin with the rarest token: thousands of candidates instead of a million
-        index = where[first[1], row[first[1]]]                                 # (N)
+        index = where[first[1], row[first[1]]]
         for _, c in others:
             index = index[table[c, index] == row[c]]
         return index
@@ -1483,6 +1535,7 @@ def guesses(model, rows, hidden, tokenizer):
     model.eval()
     device = next(model.parameters()).device
     cls, sep, blank = tokenizer.encode("[CLS] [SEP] [MASK]")
+    # One forward pass with all hidden tokens of a row hidden at once, as in training.
     # The table has gaps behind short halves; the model gets [CLS] digits [SEP] words [SEP] with pads where gaps were.
     # Padding in the middle is padding like any other: the mask hides it, and positions count real tokens.
     shown = rows.masked_fill(hidden, blank)                                    # (R, 15)
@@ -1497,6 +1550,8 @@ def guesses(model, rows, hidden, tokenizer):
 @torch.no_grad()
 def accuracy(model, data, head):
     """Share of rows whose class a head gets right. head(x, mask) -> (B, G); nothing is hidden."""
+    # Trap: measuring the match head on masked pairs, as it is trained. When the digit that differs is hidden, nobody
+    # can know; such a figure mixes the model's mistakes with missing information.
     model.eval()
     device, right = next(model.parameters()).device, 0
     for ids, segments, label in zip(*(part.to(device).split(500) for part in data), strict=True):
@@ -1518,7 +1573,8 @@ def written(model, tokenizer, numbers):
 
 
 # How good is the encoder on sentences? As good as it is better than the simplest thing that could work: one weight per
-# word and class, word order ignored. On a few thousand sentences that is hard to beat.
+# word and class, word order ignored. On a few thousand sentences that is hard to beat: "not" is one word among twenty,
+# and an encoder from scratch has to learn English first. A published encoder has read billions of words (--load).
 def bag_of_words(texts, labels, val_texts, val_labels):
     """Multinomial logistic regression on which words occur, with an L2 penalty of 1/2 |w|^2. -> validation accuracy."""
     split = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
@@ -1603,8 +1659,8 @@ def load_any(cfg):
     shape = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "mask_id", "heads", "n_labels", "init_std"}
     free = {field.name for field in dataclasses.fields(cfg)} - shape
     # A preset's shape is a wish of the preset, not of the user: only what was typed can contradict the weights.
-    for name in shape - getattr(cfg, "given", frozenset()):
-        object.__setattr__(cfg, name, getattr(Config, name))
+    for name in shape - cfg.given if hasattr(cfg, "given") else ():
+        setattr(cfg, name, getattr(Config, name))
     path = next((p for p in (Path(cfg.load, "ckpt.pt"), Path(cfg.load, "finetune", "ckpt.pt"),
                              Path(cfg.load, "pretrain", "ckpt.pt")) if p.is_file()), Path(cfg.load))
     if path.is_file():
@@ -1626,6 +1682,8 @@ def load_any(cfg):
     return model, cfg, tokenizer
 
 
+# What a trained model is asked: a blank that the other half answers, two blanks that only agree together, a whole name
+# in blanks, and three pairs to match.
 EXAMPLES = ("4[MASK]215 [SEP] forty thousand two hundred fifteen",
             "40215 [SEP] forty thousand two [MASK] fifteen",
             "7[MASK]04 [SEP] seven thousand [MASK] hundred four",
@@ -1634,6 +1692,10 @@ EXAMPLES = ("4[MASK]215 [SEP] forty thousand two hundred fifteen",
             "40215 [SEP] forty two thousand two hundred fifteen")
 
 
+# Q: What is fine-tuning, exactly?
+# A: Training goes on, on another question. The encoder keeps its weights, the old head goes, a new one (C*G weights)
+#    comes, and all of it learns, a few passes, at a lower rate. Trap: the full rate. The fresh head's large first
+#    gradients then run through the encoder and wash out what it knew ("catastrophic forgetting").
 def stage_config(cfg, stage, classes=0):
     """The settings of one stage of a run on sentences: a folder of its own and, for fine-tuning, its own schedule."""
     changes = dict(out=str(Path(cfg.out) / stage))
@@ -1688,7 +1750,12 @@ def main(cfg):
     if cfg.resume and info["sha256"] != state["extra"]["data"]["sha256"]:
         sys.exit(f"error: --resume: {info['name']} is not the data that this run was trained on (SHA-256 differs)")
     if not cfg.load and not cfg.resume:
-        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab, mask_id=mask_id_of(tokenizer))
+        # A learned vocabulary has the size that was asked for, or less; the toy language's may be padded.
+        size = cfg.vocab_size or tokenizer.n_vocab if toy else tokenizer.n_vocab
+        if size < tokenizer.n_vocab:
+            sys.exit(f"error: --vocab-size {size} is less than the {tokenizer.n_vocab} tokens of the data")
+        cfg = dataclasses.replace(cfg, vocab_size=size, mask_id=mask_id_of(tokenizer))
+    # The data decides what is trained: pairs have two halves to match, sentences do not.
     if cfg.heads != ("mlm+match" if toy else "mlm") and not cfg.load and not cfg.resume:
         sys.exit(f"error: --heads {cfg.heads}: --data {cfg.data} trains {'mlm+match' if toy else 'mlm'}"
                  + ("" if toy else " (a single sentence has no second half; --preset sst2 sets all this)"))
@@ -1696,6 +1763,7 @@ def main(cfg):
         sys.exit(f"error: --load {cfg.load}: it has the head {cfg.heads!r}, and --data numbers trains mlm+match")
     check_memory(cfg, device)
     out, extra = out_folder(cfg), {"tokenizer": tokenizer.spec, "data": info}
+    # Weights stay float32 under bfloat16 autocast: after 1 bfloat16 knows 1.0078 next, so small updates would be lost.
     dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
 
     # What an untrained model loses: ln V for each hidden token, ln 2 for each pair. asked: hidden tokens per pair.
@@ -1707,6 +1775,7 @@ def main(cfg):
         guess = (f"guessing costs ln {cfg.vocab_size} = {ln_v:.2f} per hidden token and ln 2 = 0.69 per pair, "
                  f"{uniform:.2f} on average")
 
+    # One stage for the toy language: hidden tokens and matching together, on the same rows.
     if toy:
         model = (model or build_model(cfg)).to(device, dtype)
         parameters = sum(p.numel() for p in model.parameters())
@@ -1748,6 +1817,7 @@ def main(cfg):
         print(f"stage 2, fine-tuning: {parameters:,} parameters, {classes} classes")
 
         def show(step):
+            # A look at the held-out sentences, to watch; nothing is decided by it.
             if step % cfg.eval_every == 0 and rank == 0:
                 tqdm.write(f"            accuracy on held-out sentences "
                            f"{accuracy(model, val_data, model.classify):.3f}")
@@ -1764,6 +1834,7 @@ def main(cfg):
               f"{'the encoder wins' if mine > theirs else 'the bag of words wins' if mine < theirs else 'a draw'}")
         examples = texts[2][:5]
 
+    # Everything below is written by rank 0 alone: answers, pictures, summary.
     text = "\n".join(answer(model, tokenizer, cfg, example) for example in examples)
     write_atomically(out / "sample.txt", lambda file: file.write((text + "\n").encode()))
     for stage, each in stages.items():

@@ -1,6 +1,8 @@
 """The same work, done by a script of this repository and by what a user would otherwise use, side by side in one run.
 
     python benchmarks/peers.py decoder_only      training step: nanoGPT's loop; generation: nanoGPT, transformers
+    python benchmarks/peers.py encoder_only      training step: transformers' BertForMaskedLM, a real vocabulary
+    python benchmarks/peers.py encoder_decoder   beam search and training step: transformers' T5
     python benchmarks/peers.py bpe_tokenizer     training: minbpe's algorithm, Hugging Face tokenizers; encoding speed
 
 Absolute times depend on the machine and on what else runs on it. So the contenders take turns within one process, the
@@ -530,7 +532,144 @@ def bpe_tokenizer(args):
     return results
 
 
-PEERS = {"decoder_only": decoder_only, "bpe_tokenizer": bpe_tokenizer}
+# --- encoder_only ----------------------------------------------------------------------------------------------------
+def stepper(model, loss_of, lr=1e-4):
+    """-> function() that makes one optimizer step (fused AdamW, gradient clipped) and returns its seconds."""
+    import torch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+
+    def step():
+        began = time.perf_counter()
+        loss_of().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - began
+
+    return step
+
+
+def several(step, steps):
+    """-> function() that makes `steps` steps and returns the seconds of all."""
+    return lambda: sum(step() for _ in range(steps))
+
+
+def encoder_only(args):
+    """One training step on masked tokens, the same noise for both, against BertForMaskedLM."""
+    import torch
+    import transformers
+    m = load_script("encoder_only")
+    rounds, steps = args.rounds or 10, min(args.steps, 3)
+    B, T, V = 32, 128, 30522
+    cfg = m.Config(heads="mlm", n_layer=4, n_head=4, n_embd=256, vocab_size=V, mask_id=103, block_size=T, dropout=0.1,
+                   batch_size=B)
+    ours = m.build_model(cfg).train()
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=V, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+        max_position_embeddings=T)).train()
+    ids = torch.randint(1000, V, (B, T), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, -1] = 101, 102
+    batch = m.prepare((ids, torch.zeros_like(ids), torch.zeros(B, dtype=torch.long)), torch.Generator().manual_seed(1))
+    noisy, targets = m.mask_tokens(ids, batch[3], 103, V)
+
+    def our_loss():
+        loss_sum, count, _ = m.compute_loss(ours, batch, cfg)
+        return loss_sum / count
+
+    def their_loss():
+        return theirs(input_ids=noisy, attention_mask=torch.ones_like(ids), labels=targets).loss
+
+    # The same function: with equal weights and without dropout both losses agree.
+    with torch.no_grad():
+        m.import_weights(ours, {name: t for name, t in theirs.state_dict().items()
+                                if name != "cls.predictions.decoder.bias"})
+        ours.eval(), theirs.eval()
+        difference = abs(our_loss().item() - their_loss().item())
+        ours.train(), theirs.train()
+    seconds = take_turns({"ours": several(stepper(ours, our_loss), steps),
+                          "transformers": several(stepper(theirs, their_loss), steps)}, rounds)
+    ratio = 1 / times_faster(seconds, "ours", "transformers")
+    hidden = int((targets != m.IGNORE).sum())
+    print_table(f"Masked-token training step, {B} x {T}, V {V:,}, 4 layers x 256, {hidden} of {B * T} tokens hidden", [
+        ("ours, head at the hidden tokens", f"{statistics.median(seconds['ours']) / steps:8.3f} s"),
+        ("transformers, head at all tokens", f"{statistics.median(seconds['transformers']) / steps:8.3f} s"),
+        ("ours / transformers", f"{ratio:8.3f} of its time   (losses differ by {difference:.1e})")])
+    return {"training_step": {"batch": B, "tokens": T, "vocabulary": V, "hidden_tokens": hidden, "rounds": rounds,
+                              "steps": steps, "loss_difference": difference, "transformers": transformers.__version__,
+                              "seconds_per_round": seconds, "time_ratio_ours_to_transformers": ratio,
+                              "logit_bytes": {"ours": 4 * hidden * V, "transformers": 4 * B * T * V}}}
+
+
+# --- encoder_decoder -------------------------------------------------------------------------------------------------
+def encoder_decoder(args):
+    """Beam search with 4 beams on a model of 10 million parameters, and a training step, against transformers' T5."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("encoder_decoder")
+    rounds = args.rounds or 10
+    cfg = m.Config(n_layer=4, n_head=4, n_embd=256, vocab_size=10_000, block_size=64)
+    ours = m.build_model(cfg)
+    with torch.no_grad():  # weights of training's size give distributions with clear winners, as a trained model has
+        ours.shared.weight *= 4
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        m.save_pretrained(ours, ours.cfg, folder)
+        theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+    ours.eval(), theirs.eval()
+    parameters = sum(p.numel() for p in ours.parameters())
+    results, rows = {"parameters": parameters, "transformers": transformers.__version__, "rounds": rounds}, []
+    for B in (1, 16):
+        source = torch.randint(3, 10_000, (B, 32), generator=torch.Generator().manual_seed(B))
+        kept = {}
+
+        def with_ours(source=source, kept=kept):
+            kept["ours"] = m.beam_search(ours, source, 64, num_beams=4, eos_ids=(1,))
+
+        def with_transformers(source=source, kept=kept):
+            with torch.no_grad():
+                kept["theirs"] = theirs.generate(source, attention_mask=torch.ones_like(source), num_beams=4,
+                                                 max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=0,
+                                                 return_dict_in_generate=True, output_scores=True)
+
+        seconds = take_turns({"ours": timed(with_ours), "transformers": timed(with_transformers)}, rounds)
+        mine, their_ids = kept["ours"][0][:, 0], kept["theirs"].sequences[:, 1:]
+        written = int(torch.isin(mine, torch.tensor([1])).cumsum(1).eq(0).sum())  # up to each row's end
+        faster = times_faster(seconds, "ours", "transformers")
+        same = mine.shape == their_ids.shape and bool(torch.equal(mine, their_ids))
+        results[f"beam_search_batch_{B}"] = {
+            "beams": 4, "new_tokens": written, "same_tokens": same, "times_faster_than_transformers": faster,
+            "score_difference": (kept["ours"][1][:, 0] - kept["theirs"].sequences_scores).abs().max().item(),
+            "tokens_per_second": {who: written / statistics.median(taken) for who, taken in seconds.items()},
+            "seconds_per_round": seconds}
+        rows += [(f"{who}, {B} sources", f"{written / statistics.median(taken):9.1f} tokens/s")
+                 for who, taken in seconds.items()]
+        rows.append(("  ours is", f"{faster:9.2f} times as fast, same tokens: {same}"))
+    print_table(f"Beam search, 4 beams, {parameters:,} parameters", rows)
+
+    # Training: one step on 32 x (32 -> 32) tokens.
+    source, targets = (torch.randint(3, 10_000, (32, 32), generator=torch.Generator().manual_seed(i)) for i in (8, 9))
+    ours.train(), theirs.train()
+
+    def our_loss():
+        loss_sum, count, _ = m.compute_loss(ours, (source, targets), ours.cfg)
+        return loss_sum / count
+
+    def their_loss():
+        return theirs(input_ids=source, attention_mask=torch.ones_like(source), labels=targets).loss
+
+    steps = min(args.steps, 5)
+    theirs.config.dropout_rate = 0.0
+    seconds = take_turns({"ours": several(stepper(ours, our_loss), steps),
+                          "transformers": several(stepper(theirs, their_loss), steps)}, rounds)
+    results["training_step"] = {"time_ratio_ours_to_transformers": 1 / times_faster(seconds, "ours", "transformers"),
+                                "steps": steps, "seconds_per_round": seconds}
+    print_table("Training step, 32 x (32 -> 32) tokens", [
+        (who, f"{statistics.median(taken) / steps:8.3f} s") for who, taken in seconds.items()])
+    return results
+
+
+PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
+         "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):
@@ -539,7 +678,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("name", choices=list(PEERS), help="the script to measure")
     parser.add_argument("--threads", type=int, default=2, help="threads for everybody [2]")
-    parser.add_argument("--rounds", type=int, default=0, help="turns of each contender [30; tokenizers 3]")
+    parser.add_argument("--rounds", type=int, default=0, help="turns of each contender [30; encoders 10; tokenizers 3]")
     parser.add_argument("--steps", type=int, default=50, help="training steps per round [50]")
     parser.add_argument("--json", type=Path, help="where the figures go [results/peers_NAME.json in the repository]")
     args = parser.parse_args(argv)
