@@ -161,8 +161,8 @@ T5_SIZE = dict(objective="span", data="auto", gated=True, tie_weights=False, hea
 PRESETS = {
     "laptop": {},  # the defaults above
     "multi30k": dict(data="multi30k", n_layer=3, n_embd=192, ffn_size=512, block_size=64, dropout=0.1,
-                     label_smoothing=0.1, batch_size=64, max_steps=3000, lr=2e-3, warmup_steps=400, eval_every=250,
-                     save_every=250, beams=4),
+                     label_smoothing=0.1, batch_size=64, max_steps=3600, lr=3e-3, warmup_steps=400, eval_every=300,
+                     save_every=300, beams=4),
     "span": dict(objective="span", data="auto", n_layer=2, n_embd=128, block_size=96, batch_size=32, max_steps=600,
                  lr=2e-3, vocab_size=1000, eval_every=100),
     "t5-small": dict(T5_SIZE, n_layer=8, n_head=6, n_embd=512, ffn_size=1024),

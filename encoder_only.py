@@ -642,14 +642,16 @@ class WordPiece:
         """"Don't, naïve" -> ["don", "'", "t", ",", "naive"]: punctuation apart, accents off, in lower case."""
         if self.lower:
             # NFD writes é as e and a combining accent (category Mn), which then goes.
-            text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+            lower = "".join(c.lower() for c in text)  # one by one: "ΟΔΟΣ".lower() ends in another letter, ς
+            text = "".join(c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn")
         out = []
         for c in text:
             kind = unicodedata.category(c)
             # Chinese characters stand without spaces: each is a word. Signs such as $ + ~ count as punctuation too.
-            alone = kind[0] == "P" or c in "$+<=>^`|~" or 0x4E00 <= ord(c) <= 0x9FFF or 0x3400 <= ord(c) <= 0x4DBF
-            # Control characters (Cc, Cf ...) and U+FFFD vanish; \t and \n are Cc too and still separate words.
-            if (kind[0] != "C" and c != "\ufffd") or c in "\t\n\r":
+            chinese = ord(c) >= 0x3400 and unicodedata.name(c, "").startswith(("CJK UNIFIED", "CJK COMPATIBILITY IDEO"))
+            alone = kind[0] == "P" or c in "$+<=>^`|~" or chinese
+            # Control characters (Cc, Cf) and U+FFFD vanish; \t and \n are Cc too and still separate words.
+            if (kind not in ("Cc", "Cf") and c != "\ufffd") or c in "\t\n\r":
                 out.append(f" {c} " if alone else c)
         return "".join(out).split()
 
@@ -680,7 +682,7 @@ class WordPiece:
         return ids
 
     def decode(self, ids):
-        return " ".join(self.vocab[i] for i in ids if i > 0).replace(" ##", "")
+        return " ".join(self.vocab[i] for i in ids if 0 < i < self.n_vocab).replace(" ##", "")
 
 
 def learn_vocabulary(sentences, size):
@@ -711,7 +713,7 @@ def mask_id_of(tokenizer):
 def read_labelled(path):
     """A file with a sentence, a tab and a label 0, 1, 2 ... on each line -> (sentences, labels)."""
     try:
-        rows = [line.rsplit("\t", 1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [line.rsplit("\t", 1) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         return [row[0] for row in rows], [int(row[1]) for row in rows]
     except (OSError, UnicodeDecodeError, ValueError, IndexError) as problem:
         sys.exit(f"error: --data {path}: not a UTF-8 file with sentence, tab, whole number on each line ({problem})")
@@ -1178,6 +1180,7 @@ def fill_beam(model, ids, num_beams=4, mask=None, segments=None):
         K = len(rows)
         x = model.hidden(rows, *(None if t is None else t.expand(K, -1) for t in (mask, segments)))[:, column]  # (K, C)
         logp = model.mlm(x).float().log_softmax(-1)                            # (K, V)
+        logp[:, model.cfg.mask_id] = -math.inf  # "it is hidden" is no answer
         V = logp.size(-1)
         # All continuations of all rows compete in one list; the index tells row and token of a winner.
         scores, index = (scores[:, None] + logp).flatten().topk(min(num_beams, K * V))
@@ -1360,7 +1363,8 @@ def save_pretrained(model, cfg, path, tokenizer=None):
              "config.json": json.dumps(config_to_hf(cfg), indent=2).encode()}
     if tokenizer is not None:
         files["tokenizer_spec.json"] = json.dumps(tokenizer.spec).encode()
-        files["vocab.txt"] = "".join(p + "\n" for p in tokenizer.spec.get("vocab", TOY_VOCAB) if p != "\n").encode()
+    if tokenizer is not None and "vocab" in tokenizer.spec:
+        files["vocab.txt"] = "".join(piece + "\n" for piece in tokenizer.spec["vocab"]).encode()
     for name, content in files.items():
         write_atomically(Path(path) / name, lambda file, content=content: file.write(content))
 
@@ -1373,7 +1377,8 @@ def load_tokenizer(path):
     if spec.is_file():
         return tokenizer_from(json.loads(spec.read_text()))
     lower = json.loads(options.read_text()).get("do_lower_case", True) if options.is_file() else True
-    return WordPiece((folder / "vocab.txt").read_text(encoding="utf-8").splitlines(), lower)
+    # Trap: splitlines() also cuts at U+2028 and other signs that are pieces here, and all later ids shift by one.
+    return WordPiece((folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"), lower)
 
 
 # --- 8. Main: train, look, tell --------------------------------------------------------------------------------------
@@ -1473,8 +1478,8 @@ def cloze_accuracy(model, tokenizer, numbers, cfg):
     table, prior = all_forms()
     where = {}  # (column, token) -> the numbers that have it there
 
-    def agreeing(row, columns):
-        """Indices of all numbers with row's tokens in these columns."""
+    def agreeing(row, columns, filled):
+        """Indices of all numbers with row's tokens in these columns, and some token in each of the `filled` ones."""
         lists = []
         for c in columns:
             if (c, row[c]) not in where:
@@ -1484,6 +1489,8 @@ def cloze_accuracy(model, tokenizer, numbers, cfg):
         index = where[first[1], row[first[1]]]
         for _, c in others:
             index = index[table[c, index] == row[c]]
+        for c in filled:  # a blank says that a token is there: "two hundred [MASK]" is not 200
+            index = index[table[c, index] > 0]
         return index
 
     def chances(index, column):
@@ -1502,10 +1509,12 @@ def cloze_accuracy(model, tokenizer, numbers, cfg):
         blanks = [c for c in range(15) if hide[c]]
         if not blanks:
             continue
-        halves = [[c for c in half if not hide[c]] for half in (range(6), range(6, 15))]
-        # `both` is everything that can be known; `own` is what the blank's own half tells.
-        both = agreeing(row, halves[0] + halves[1])
-        own = [agreeing(row, half) if half else torch.arange(1_000_000) for half in halves]
+        seen, gone = ([[c for c in half if hide[c] == what] for half in (range(6), range(6, 15))]
+                      for what in (False, True))
+        # `both` is everything that can be known; `own` is what the blank's own half tells. (A half always has a column
+        # in view: hiding all six digits or all nine words leaves nothing to start from, and happens once in 90,000.)
+        both = agreeing(row, seen[0] + seen[1], blanks)
+        own = [agreeing(row, seen[half], gone[half]) if seen[half] else torch.arange(1_000_000) for half in (0, 1)]
         for c in blanks:
             p, alone = chances(both, c), chances(own[c >= 6], c)               # (V), (V)
             count["all"] += 1
@@ -1559,6 +1568,12 @@ def accuracy(model, data, head):
     return right / len(data[0])
 
 
+def second_half(ids, tokenizer):
+    """ids (R, T) -> segments (R, T): 1 behind the first [SEP], 0 up to and with it."""
+    sep = ids == tokenizer.encode("[SEP]")[0]                                  # (R, T)
+    return (sep.cumsum(1) - sep.int() > 0).long()                              # (R, T)
+
+
 def written(model, tokenizer, numbers):
     """Share of numbers whose whole name comes out right when all its words are blanks, the surest filled first."""
     rows, names = [], [number_to_words(n) for n in numbers]
@@ -1566,7 +1581,7 @@ def written(model, tokenizer, numbers):
         row = tokenizer.encode(f"[CLS] {n} [SEP] {'[MASK] ' * len(name.split())}[SEP]")
         rows.append(row + [0] * (18 - len(row)))
     ids = torch.tensor(rows, device=next(model.parameters()).device)           # (R, 18)
-    segments = ((ids == tokenizer.encode("[SEP]")[0]).cumsum(1) > 0).long().roll(1, 1)  # (R, 18)
+    segments = second_half(ids, tokenizer)                                     # (R, 18)
     out = unmask(model, ids, 9, ids > 0, segments)                             # (R, 18)
     return sum(f"[SEP] {name} [SEP]" in tokenizer.decode(row)
                for row, name in zip(out.tolist(), names, strict=True)) / len(numbers)
@@ -1606,16 +1621,19 @@ def bag_of_words(texts, labels, val_texts, val_labels):
     return (guess == torch.tensor(val_labels)).float().mean().item()
 
 
+def question(tokenizer, prompt):
+    """A prompt -> ids with [CLS] in front and [SEP] at the end, whether they were typed or not."""
+    return tokenizer.encode(f"[CLS] {prompt.strip().removeprefix('[CLS]').removesuffix('[SEP]')} [SEP]")
+
+
 @torch.no_grad()
 def answer(model, tokenizer, cfg, prompt):
     """What the model says about a prompt: classes, blanks filled, or whether two halves match. -> text."""
     model.eval()
     device = next(model.parameters()).device
-    row = tokenizer.encode(f"[CLS] {prompt.removeprefix('[CLS]').removesuffix('[SEP]')} [SEP]")
+    row = question(tokenizer, prompt)
     ids = torch.tensor([row], device=device)                                   # (1, T)
-    sep = tokenizer.encode("[SEP]")[0]
-    # 1 behind the first [SEP]; with a single half there is nothing behind it.
-    segments = ((ids == sep).cumsum(1) - (ids == sep).int() > 0).long()        # (1, T)
+    segments = second_half(ids, tokenizer)  # with a single half there is nothing behind its [SEP]  # (1, T)
     if cfg.heads == "classify":
         p = model(ids, None, segments).softmax(-1)[0].tolist()
         return f"{prompt}\n    " + "   ".join(f"class {i}: {value:.3f}" for i, value in enumerate(p))
@@ -1637,7 +1655,7 @@ def answer(model, tokenizer, cfg, prompt):
 def check_prompt(cfg, tokenizer):
     """End the program with one line if this model cannot answer the prompt."""
     try:
-        row = tokenizer.encode(f"[CLS] {cfg.prompt} [SEP]")
+        row = question(tokenizer, cfg.prompt)
     except ValueError as problem:
         sys.exit(f"error: --prompt: {problem}")
     if len(row) > cfg.block_size:
@@ -1702,9 +1720,7 @@ def stage_config(cfg, stage, classes=0):
     if stage == "finetune":
         changes |= dict(heads="classify", n_labels=classes, max_steps=cfg.finetune_steps, lr=cfg.finetune_lr,
                         warmup_steps=cfg.finetune_steps // 10)
-    # A stage that has not begun when the run was killed starts afresh.
-    resume = cfg.resume and (Path(changes["out"]) / "ckpt.pt").is_file()
-    return dataclasses.replace(cfg, **changes, resume=resume)
+    return dataclasses.replace(cfg, **changes)
 
 
 def with_classifier(model, cfg):
@@ -1724,8 +1740,11 @@ def main(cfg):
     model, tokenizer, state = None, None, None
     if cfg.resume:
         # What a run was made with is in its checkpoint; the command line need not repeat it and may not contradict it.
-        path = next((p for p in (Path(cfg.out, "pretrain", "ckpt.pt"), Path(cfg.out, "finetune", "ckpt.pt"))
-                     if p.is_file()), Path(cfg.out, "ckpt.pt"))
+        # The newest checkpoint is that of the run which was interrupted; an older one beside it may be another run's.
+        path = max((p for p in (Path(cfg.out, stage, "ckpt.pt") for stage in ("pretrain", "finetune")) if p.is_file()),
+                   key=lambda p: p.stat().st_mtime_ns, default=Path(cfg.out, "ckpt.pt"))
+        if Path(cfg.out, "ckpt.pt").is_file() and Path(cfg.out, "ckpt.pt").stat().st_mtime_ns > path.stat().st_mtime_ns:
+            path = Path(cfg.out, "ckpt.pt")
         state = read_checkpoint(path)
         free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load", "prompt", "top_k", "beams",
                 "rounds"}
@@ -1739,6 +1758,8 @@ def main(cfg):
         print(answer(model.to(device), tokenizer, cfg, cfg.prompt))
         return model, cfg
 
+    if cfg.prompt:
+        sys.exit("error: --prompt is a question to a trained model: name one with --load")
     toy = cfg.data == "numbers"
     if toy and {"finetune_steps", "finetune_lr"} & getattr(cfg, "given", frozenset()):
         sys.exit("error: --finetune-steps and --finetune-lr belong to sentences; --data numbers has one stage")
@@ -1788,7 +1809,7 @@ def main(cfg):
                            + f"   match {accuracy(model, val_data, model.match):.3f}")
 
         result = train(model, cfg, train_data, val_data, compute_loss, extra, show, guess)
-        stages = {".": result}
+        stages, earlier = {".": result}, 0.0
         if rank > 0:
             return model, cfg
         # Held-out numbers of all lengths, in no training pair.
@@ -1802,16 +1823,18 @@ def main(cfg):
         examples = EXAMPLES
     else:
         # Stage 1: read the sentences, labels unseen. Left out when --load brings an encoder that has read more.
-        stages = {}
+        stages, second = {}, cfg.resume and path.parent.name == "finetune"
+        earlier = state["extra"]["earlier_seconds"] if second else 0.0
         pretrain = stage_config(cfg, "pretrain")
         classes = int(max(train_data[2].max(), val_data[2].max())) + 1
-        if not cfg.load and not (cfg.resume and path.parent.name == "finetune"):
+        if not cfg.load and not second:
             model = build_model(cfg).to(device, dtype)
             print(f"stage 1, pre-training: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, "
                   f"{cfg.mask_rate:.0%} of the tokens hidden; everything goes to {out}/")
             stages["pretrain"] = train(model, pretrain, train_data, val_data, compute_loss, extra, None, guess)
+            earlier = stages["pretrain"]["seconds"]
         # Stage 2: the same encoder, a fresh head, every weight goes on learning, at a lower rate.
-        finetune = stage_config(cfg, "finetune", classes)
+        finetune = dataclasses.replace(stage_config(cfg, "finetune", classes), resume=second)
         model = (with_classifier(model, finetune) if model else build_model(finetune)).to(device, dtype)
         parameters = sum(p.numel() for p in model.parameters())
         print(f"stage 2, fine-tuning: {parameters:,} parameters, {classes} classes")
@@ -1822,7 +1845,8 @@ def main(cfg):
                 tqdm.write(f"            accuracy on held-out sentences "
                            f"{accuracy(model, val_data, model.classify):.3f}")
 
-        stages["finetune"] = result = train(model, finetune, train_data, val_data, classify_loss, extra, show,
+        stages["finetune"] = result = train(model, finetune, train_data, val_data, classify_loss,
+                                            {**extra, "earlier_seconds": earlier}, show,
                                             f"guessing among {classes} classes costs {math.log(classes):.4f}")
         cfg, uniform, floor = finetune, math.log(classes), None
         if rank > 0:
@@ -1844,7 +1868,7 @@ def main(cfg):
                    + ("" if toy else f", {stage}"), lines, "nats per question")
     # One file that says what was run, on what, and what came out: enough to repeat the run and compare it.
     summary = {"config": dataclasses.asdict(cfg), "params": parameters, "val_loss": result["val_loss"], "floor": floor,
-               "tokens_per_second": result["tokens_per_second"], "seconds": sum(s["seconds"] for s in stages.values()),
+               "tokens_per_second": result["tokens_per_second"], "seconds": earlier + result["seconds"],
                "peak_memory_mb": peak_memory_mb(device), "data": info, "device": str(device),
                "torch": torch.__version__, "figures": [str(Path(stage) / "curve.png") for stage in stages],
                "results": results}

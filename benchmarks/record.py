@@ -26,6 +26,9 @@ RUNS = {
     "decoder_only": {"shakespeare": ("--data shakespeare", (1337, 1, 2)),
                      "pydocs": ("--data pydocs", (1337,)),
                      "numbers": ("--preset numbers", (1337, 1, 2))},
+    "encoder_only": {"numbers": ("", (1337, 1, 2)), "sst2": ("--preset sst2", (1337, 1, 2))},
+    "encoder_decoder": {"numbers": ("", (1337, 1, 2)), "multi30k": ("--preset multi30k", (1337,)),
+                        "span": ("--preset span", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -51,16 +54,27 @@ def run(script, arguments, seed, folder):
     """One run through the command line. -> (its summary.json, what it printed, the folder with its files)."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *arguments.split(), "--out", str(folder)]
     command += [] if seed is None else ["--seed", str(seed)]
-    print("  " + " ".join(command[1:]), flush=True)
+    print(f"  {script}.py {arguments} --seed {seed}", flush=True)
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, capture_output=True, text=True,
                           cwd=folder.parent)
     if done.returncode:
         sys.exit(f"error: {script}.py {arguments} failed:\n{done.stderr[-2000:]}")
-    return json.loads((folder / "summary.json").read_text()), done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    if (folder / "test.beam.txt").is_file():  # translations: the library's BLEU beside the script's own
+        import sacrebleu
+        lines = {kind: (folder / f"test.{kind}.txt").read_text(encoding="utf-8").split("\n")
+                 for kind in ("greedy", "beam", "reference")}
+        for kind in ("greedy", "beam"):
+            score = sacrebleu.corpus_bleu(lines[kind], [lines["reference"]]).score
+            summary["results"][f"sacrebleu_{kind}"] = score
+            if abs(score - summary["results"][f"bleu_{kind}"]) > 1e-6:
+                sys.exit(f"error: {script}.py's BLEU and sacrebleu's differ: {summary['results']}")
+    return summary, done.stdout
 
 
 def record(script):
     """All runs of one script -> results/<script>.json and its pictures."""
+    RESULTS.mkdir(exist_ok=True)
     kept = {"environment": {"cpu": cpu_name(), "threads": THREADS, "python": platform.python_version(),
                             "system": platform.system()}, "runs": {}}
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,7 +88,7 @@ def record(script):
                 if seed == seeds[0]:
                     for figure in summary["figures"]:
                         name = "" if what == next(iter(RUNS[script])) else f"_{what}"
-                        shutil.copy(folder / figure, RESULTS / f"{script}{name}_{figure}")
+                        shutil.copy(folder / figure, RESULTS / f"{script}{name}_{figure.replace('/', '_')}")
                     # Where the data lay on this machine is nobody's business.
                     summary["printed"] = re.sub(r" \(/[^)]*\)", "", printed).replace(str(folder), f"runs/{script}")
                 kept["runs"].setdefault(what, []).append(summary)
@@ -113,6 +127,28 @@ def expectation(script, runs):
                 f"Tiny Shakespeare, {runs['pydocs'][0]['val_loss']:.2f} on the Python docs. --preset numbers: "
                 f"{spread(runs['numbers'], lambda r: r['results']['exact_match'], '{:.1%}')} of unseen numbers exactly "
                 f"right in {minutes(max(r['seconds'] for r in runs['numbers']))}")
+    if script == "encoder_only":
+        text, real = runs["numbers"], runs["sst2"]
+        share = "{:.1%}".format
+        return (f"{minutes(max(one['seconds'] for one in text))} on two CPU cores",
+                f"of the tokens that can be known from the other half only "
+                f"{spread(text, lambda r: r['results']['cloze_accuracy_digits'], '{:.1%}')} digits and "
+                f"{spread(text, lambda r: r['results']['cloze_accuracy_words'], '{:.1%}')} words are guessed right "
+                f"(from one half {share(text[0]['results']['one_half_reader'])}; of all hidden tokens "
+                f"{share(text[0]['results']['all_hidden_tokens'])}, ceiling "
+                f"{share(text[0]['results']['all_hidden_ceiling'])}), and "
+                f"{spread(text, lambda r: r['results']['match_accuracy'], '{:.1%}')} of the pairs are judged right. "
+                f"--preset sst2, from scratch in {minutes(max(one['seconds'] for one in real))}: "
+                f"{spread(real, lambda r: r['results']['sst2_accuracy'], '{:.1%}')}, a bag of words "
+                f"{share(real[0]['results']['bag_of_words_accuracy'])}")
+    if script == "encoder_decoder":
+        text, real = runs["numbers"], runs["multi30k"][0]
+        return (f"{minutes(max(one['seconds'] for one in text))} on two CPU cores",
+                f"{spread(text, lambda r: r['results']['exact_match'], '{:.2%}')} of unseen numbers exactly right, of "
+                f"those with three or more zeros "
+                f"{spread(text, lambda r: r['results']['exact_match_stress'], '{:.2%}')}. --preset multi30k, "
+                f"{minutes(real['seconds'])}: BLEU {real['results']['bleu_greedy']:.1f} greedy, "
+                f"{real['results']['bleu_beam']:.1f} with {real['config']['beams']} beams on the test set of 2016")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -186,6 +222,18 @@ def peers():
                  f"{made['times_faster_than_nanogpt']:.1f} times as fast |",
                  f"| the same | `transformers` `generate`, cached | "
                  f"{made['times_faster_than_transformers']:.1f} times as fast |"]
+    if (path := RESULTS / "peers_encoder_only.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]["training_step"]
+        rows += [f"| masked-token training step, vocabulary {got['vocabulary']:,}, 4 layers x 256, "
+                 f"{got['batch']} x {got['tokens']} | `transformers` `BertForMaskedLM` | "
+                 f"{got['time_ratio_ours_to_transformers']:.2f} of its time |"]
+    if (path := RESULTS / "peers_encoder_decoder.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows += [f"| beam search, 4 beams, {one['label']}, {one['sources']} "
+                 f"source{'s' if one['sources'] > 1 else ''} at a time, same output | `transformers` `generate` | "
+                 f"{one['times_faster_than_transformers']:.1f} times as fast |" for one in got["beam_search"]]
+        rows += [f"| encoder-decoder training step, 32 x (32 -> 32) | `transformers` T5 | "
+                 f"{got['training_step']['time_ratio_ours_to_transformers']:.2f} of its time |"]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]
@@ -223,7 +271,6 @@ def main():
     for script in args.scripts:
         if script not in RUNS:
             parser.error(f"{script} is none of {', '.join(RUNS)}")
-    RESULTS.mkdir(exist_ok=True)
     for script in [] if args.readme else args.scripts:
         record(script)
     refresh()

@@ -1084,9 +1084,9 @@ def test_text_tokenizer_round_trip(m):
         assert all(34 <= i < tokenizer.n_vocab for i in ids)  # never a special token
         assert tokenizer.decode(ids) == text
     ids = tokenizer.encode("the cat sat")
-    assert len(ids) < 8 and tokenizer.encode("cat the")[0] == tokenizer.encode("the cat")[-1]
+    # A word is the same tokens at the start and inside.
+    assert len(ids) < 8 and ids == [i for word in ("the", "cat", "sat") for i in tokenizer.encode(word)]
     assert tokenizer.decode([*ids, 1, 0, 0]) == "the cat sat"
-    assert tokenizer.encode("the <0> </s> <pad>") == tokenizer.encode("the <0> </s> <pad>")
     assert m.tokenizer_from(tokenizer.spec).encode(texts[0]) == tokenizer.encode(texts[0])
     assert m.tokenizer_from(json.loads(json.dumps(tokenizer.spec))).encode("the cat") == tokenizer.encode("the cat")
 
@@ -1130,7 +1130,7 @@ def test_unigram_equals_the_library(m, unigram):
     for text in texts:
         expected = library.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == expected, text
-        assert ours.decode(expected) == library.decode(expected), text
+        assert ours.decode(expected).strip() == library.decode(expected).strip(), text
         unknown += 2 in expected
     assert unknown > 50
     for text in (toy_text(100, 9).replace("\n", " "), "the cat sat"):
@@ -1503,3 +1503,539 @@ def test_the_encoder_runs_once(m, monkeypatch):
     m.generate(model, random_ids(1, 37, 2, 5), 6)
     m.beam_search(model, random_ids(1, 37, 2, 5), 6, num_beams=3)
     assert len(calls) == 2
+
+
+# --- 6. Task scores --------------------------------------------------------------------------------------------------
+REFERENCES = [
+    "A man in an orange hat is starring at something.", "A Boston Terrier is running on lush green grass, in front of "
+    "a white fence.", 'She said: "No, it\'s 3.14 - not 22/7!"', "People are fixing the roof of a house (1,000 sq. ft.).",
+    "A well-known co-worker paid $5.99 & 10% in the 1990s.", "Five people wearing winter jackets and helmets stand.",
+    "Tom's dog barks; the cat ... sleeps?", "a < b and b > c, e-mail me@x.org [1] {2} #3 *4* ~5 ^6 |7| `8` \\9",
+    "Ein Mann über 30 isst 2-mal Würstchen für 4,50 €.", "The end"]
+
+
+def spoiled(rng, text):
+    """A hypothesis in which words are dropped, doubled, swapped or replaced."""
+    words = text.split()
+    for _ in range(rng.randint(0, 4)):
+        if words:
+            i = rng.randrange(len(words))
+            words[i:i + 1] = rng.choice(([], [words[i]] * 2, [rng.choice(words)], ["the"]))
+    return " ".join(words)
+
+
+def entities(text):
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def test_bleu_equals_sacrebleu(m):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    corpora = [(REFERENCES, REFERENCES), ([entities(text) for text in REFERENCES], REFERENCES),
+               ([text.lower() for text in REFERENCES], REFERENCES), (["", *REFERENCES[1:]], REFERENCES),
+               ([" ".join(text.split()[:4]) for text in REFERENCES], REFERENCES),  # too short
+               ([text + " and so on and on" for text in REFERENCES], REFERENCES),  # too long
+               (["the cat sat on it"], ["a cat sat in there"])]  # no triple right
+    for seed in range(60):
+        rng = random.Random(seed)
+        references = rng.sample(REFERENCES, rng.randint(1, 10))
+        corpora.append(([spoiled(rng, text) for text in references], references))
+        symbols = "aB9 .,-'\"&;:!?()/%$ 3.1 5-6 " + ("é€" if seed % 2 else "")
+        lines = ["".join(rng.choices(symbols, k=rng.randint(8, 40))) for _ in range(5)]
+        corpora.append(([spoiled(rng, line) for line in lines], lines))
+        words = ["".join(rng.choices("ab", k=1)) for _ in range(40)]
+        corpora.append(([" ".join(rng.sample(words, 12))], [" ".join(rng.sample(words, 14))]))
+    scores = []
+    for hypotheses, references in corpora:
+        expected = sacrebleu.corpus_bleu(hypotheses, [references]).score
+        assert m.bleu(hypotheses, references) == pytest.approx(expected, abs=1e-6), (hypotheses, references)
+        scores.append(expected)
+    assert scores[0] == pytest.approx(100) and len({round(score, 3) for score in scores}) > 120
+
+
+@pytest.mark.parametrize("hypotheses, references", [
+    (["", ""], ["a b c d", "e f g h"]), (["a b"], ["a b"]), (["x y z w v"], ["a b c d e"]), (["x"], ["a b c d e"])],
+    ids=["empty", "two words", "nothing right", "one wrong word"])
+def test_bleu_of_hopeless_output_equals_sacrebleu(m, hypotheses, references):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    assert m.bleu(hypotheses, references) == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+
+
+def test_bleu_by_hand(m):
+    # 5 of 6 words ("the" counts once), 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; as long as the reference.
+    expected = 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert m.bleu(["the cat sat on the mat"], ["the cat sat on a mat"]) == pytest.approx(expected)
+    # All right but shorter, 5 of 7 words: the brevity penalty alone.
+    assert m.bleu(["a b c d e"], ["a b c d e f g"]) == pytest.approx(100 * math.exp(1 - 7 / 5))
+    assert m.bleu(["a b c d e f g"], ["a b c d e f g"]) == pytest.approx(100)
+    # Counts are summed over the corpus before the division: two sentences are not the mean of two scores.
+    expected = 100 * (9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** 0.25
+    assert m.bleu(["a b c d e", "a b c d x"], ["a b c d e", "a b y d x"]) == pytest.approx(
+        100 * (9 / 10 * 6 / 8 * 3 / 6 * 2 / 4) ** 0.25)
+    # No quadruple right: its count of 0 becomes 1/2.
+    assert m.bleu(["a b c x d"], ["a b c y d"]) == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 3 * 0.5 / 2) ** 0.25)
+
+
+def test_exact_match(m, monkeypatch):
+    """A stub that knows the names of even numbers and forgets the last word of odd ones."""
+    tokenizer, asked = m.ToyTokenizer(), []
+
+    def answer(model, ids, max_new_tokens, *, mask=None, eos_ids=(), **_):
+        rows = []
+        for row, keep in zip(ids, mask, strict=True):
+            assert row[keep][-1] == 1  # a source ends with </s>, in use as in training
+            n = int(tokenizer.decode(row[keep][:-1].tolist()))
+            asked.append(n)
+            words = words_of(n).split()
+            rows.append(torch.tensor(tokenizer.encode(" ".join(words if n % 2 == 0 else words[:-1])) + [1]))
+        assert max(map(len, rows)) <= max_new_tokens and tuple(eos_ids) == (1,)
+        return padded(rows)[0]
+
+    monkeypatch.setattr(m, "generate", answer)
+    numbers = [0, 2, 40_216, 777_778, 11, 13, 999_999, 8, 1200, 100_000] + [777_774] * 240
+    found = m.exact_match(nn.Linear(1, 1), tokenizer, numbers, m.Config())
+    assert found == pytest.approx(247 / 250) and sorted(asked) == sorted(numbers)
+
+
+def test_exact_match_of_a_fresh_model(m):
+    cfg = m.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=46)
+    assert m.exact_match(m.build_model(cfg), m.ToyTokenizer(), list(range(1, 30)), cfg) < 0.2
+
+
+def test_stress_numbers(m):
+    expected = [n for n in range(10_000, 1_000_000) if str(n).count("0") >= 3 and held_out(n)]
+    assert sorted(m.stress_numbers()) == expected and len(expected) > 500
+
+
+def test_translate_keeps_the_order(m):
+    """250 sources of mixed length, several batches, greedy and beams: each answer belongs to its own source."""
+    tokenizer = m.ToyTokenizer()
+    cfg = m.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=46)
+    model = wide_model(m, cfg)
+    texts = [str(random.Random(seed).randrange(10 ** random.Random(-seed).randint(1, 6))) for seed in range(250)]
+    greedy = m.translate(model, tokenizer, texts, cfg, 1, 5)
+    beams = m.translate(model, tokenizer, texts, cfg, 3, 5)
+    assert len(greedy) == len(beams) == 250 and greedy != beams
+    for i in range(0, 250, 9):
+        ids = torch.tensor([tokenizer.encode(texts[i]) + [1]])
+        for found, row in ((greedy[i], m.generate(model, ids, 5, eos_ids=(1,))[0]),
+                           (beams[i], m.beam_search(model, ids, 5, num_beams=3, eos_ids=(1,))[0][0, 0])):
+            row = row.tolist()
+            assert found == tokenizer.decode(row[:row.index(1)] if 1 in row else row).strip()
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_alignment_equals_the_attentions_of_transformers(m, hf, tmp_path, kind):
+    theirs = published(hf, 1, kind, width=2.0, n_layer=2, vocab_size=46)
+    theirs.set_attn_implementation("eager")
+    theirs.save_pretrained(tmp_path / "hf")
+    ours, _ = m.from_pretrained(tmp_path / "hf")
+    tokenizer = m.ToyTokenizer()
+    found = m.alignment(ours, tokenizer, "40215", "forty thousand two hundred fifteen")
+    source = torch.tensor([tokenizer.encode("40215") + [1]])
+    target = torch.tensor([[0, *tokenizer.encode("forty thousand two hundred fifteen")]])
+    with torch.no_grad():
+        expected = theirs(input_ids=source, decoder_input_ids=target, output_attentions=True).cross_attentions
+    assert found.shape == (2, 3, 6, 6) == (len(expected), *expected[0].shape[1:])
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 3, 6), atol=1e-5, rtol=0)
+    assert found.std(-1).min() > 0.01
+    # Looking leaves nothing behind: no hook makes the next pass slower or fills a list for ever.
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in ours.modules())
+
+
+# --- 7. Training and the program from outside ------------------------------------------------------------------------
+FLAGS = dict(n_layer=1, n_head=2, n_embd=16, batch_size=8, max_steps=20, warmup_steps=3, eval_every=10, save_every=10,
+             device="cpu", max_new_tokens=6, lr=0.01)
+TASKS = {"numbers": dict(data="numbers"), "pairs": dict(data="pairs.tsv", block_size=24, vocab_size=300),
+         "span": dict(objective="span", data="text.txt", block_size=24, vocab_size=300)}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def quick(m, monkeypatch, pairs_file, tmp_path):
+    """Less of everything: 600 numbers to train, 25 to test. pairs.tsv and text.txt lie in the working directory."""
+    (tmp_path / "text.txt").write_text(toy_text(), encoding="utf-8")
+    original = m.draw_numbers
+    monkeypatch.setattr(m, "draw_numbers", lambda count, *rest, **named: original(
+        600 if count > 10_000 else 25, *rest, **named))
+    monkeypatch.setattr(m, "stress_numbers", lambda: [10_003, 300_004])
+
+
+@pytest.fixture(scope="module")
+def finished_run(m, tmp_path_factory):
+    """A short run of the real program on pairs, in a process of its own. -> its folder, pairs.tsv and run/ in it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_pairs(folder / "pairs.tsv", toy_pairs())
+    flags = as_flags(**{**FLAGS, **TASKS["pairs"], "max_steps": 60, "out": "run"})
+    done = subprocess.run([sys.executable, "-I", m.__file__, *flags], cwd=folder, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    """A copy of the finished run that a test may spoil; the test stands beside it."""
+    for path in [finished_run / "pairs.tsv", *(finished_run / "run").iterdir()]:
+        target = tmp_path / path.relative_to(finished_run)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_what_it_promised(finished_run):
+    run, summary = finished_run / "run", json.loads((finished_run / "run" / "summary.json").read_text())
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"ckpt.pt", "metrics.jsonl", "summary.json", "curve.png", "sample.txt", "attention.png"}
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert {path.name for path in finished_run.iterdir()} == {"run", "pairs.tsv", "stdout.txt"}  # nothing outside --out
+    assert summary.keys() >= {"config", "params", "val_loss", "floor", "tokens_per_second", "seconds", "peak_memory_mb",
+                              "data", "device", "torch", "figures", "results"}
+    assert summary["results"].keys() >= {"bleu_greedy", "bleu_beam"} and summary["floor"] is None
+    assert all(0 <= summary["results"][name] <= 100 for name in ("bleu_greedy", "bleu_beam"))
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in summary["figures"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.8 * first and summary["val_loss"] == rows[-1]["val_loss"] < 0.9 * first
+    assert contents(run / "ckpt.pt")["step"] == 60
+    V = summary["config"]["vocab_size"]
+    assert summary["params"] == V * 16 + 64 * 2 + 12 * 16 * 16 + 4 * 16 * 64 + 7 * 16
+    out = (finished_run / "stdout.txt").read_text(encoding="utf-8")
+    assert f"{math.log(V):.2f}" in out and f"{summary['val_loss']:.2f}" in out
+
+
+def test_evaluate_counts_the_whole_split(m):
+    cfg = small(m, 1, batch_size=3, dropout=0.3, label_smoothing=0.2)
+    model = wide_model(m, cfg).train()
+    data = batch_of(1, cfg.vocab_size)  # four rows: the last batch has one
+    found = m.evaluate(model, data, cfg, m.compute_loss)["val_loss"]
+    known = slow_losses(model.eval(), data)
+    assert found == pytest.approx(-sum(float(table[token]) for table, token in known) / len(known), abs=1e-5)
+
+
+def test_numbers_end_to_end(m, quick, tmp_path):
+    """The toy language through main: both scores in the summary, a floor of 0, and a loss far below chance."""
+    settings = {**FLAGS, "n_embd": 32, "batch_size": 32, "max_steps": 120, "warmup_steps": 10}
+    model, cfg = m.main(m.Config(**settings, out="run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["floor"] == 0 and summary["val_loss"] < 0.5 * math.log(46) and summary["data"]["name"] == "numbers"
+    assert all(0 <= summary["results"][name] <= 1 for name in ("exact_match", "exact_match_stress"))
+    assert cfg.vocab_size == 46 and isinstance(model, m.T5)
+    assert "40215" in (tmp_path / "run" / "sample.txt").read_text()
+    # The same seed, the same numbers; another one, others.
+    m.main(m.Config(**settings, out="again"))
+    m.main(m.Config(**{**settings, "max_steps": 2}, out="other", seed=5))
+    a, b, c = (contents(tmp_path / name / "ckpt.pt")["model"] for name in ("run", "again", "other"))
+    assert same(a, b) and not same(a, c)
+    other = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert summary["val_loss"] == other["val_loss"] and summary["results"] == other["results"]
+
+
+@pytest.mark.slow
+def test_the_default_learns_the_language(m, tmp_path):
+    run(m, "--device", "cpu", "--out", "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["results"]["exact_match"] > 0.9 and summary["val_loss"] < 0.05
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1, "grad_accum": 2, "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_resume_is_exact(m, quick, monkeypatch, tmp_path, task, changes):
+    """20 steps at once equal a run that dies behind step 13 and goes on from its checkpoint of step 10."""
+    settings = {**FLAGS, **TASKS[task], **changes}
+    m.main(m.Config(**settings, out="straight"))
+    original = m.get_batch
+
+    def dying(data, rows, seed, step):
+        if step == 13:
+            raise Stop
+        return original(data, rows, seed, step)
+
+    torch.manual_seed(77)  # a resumed process knows nothing of the first one's random state
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(m, "get_batch", dying)
+        m.main(m.Config(**settings, out="broken"))
+    torch.manual_seed(99)
+    m.main(m.Config(out="broken", resume=True))
+    one, other = (contents(tmp_path / name / "ckpt.pt") for name in ("straight", "broken"))
+    assert one["step"] == other["step"] == 20
+    assert same(one["model"], other["model"]) and same(one["optimizer"], other["optimizer"])
+    rows, known = ([{**json.loads(line), "seconds": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
+                   for name in ("broken", "straight"))
+    assert rows == known
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "broken")]
+    assert summaries[0]["val_loss"] == summaries[1]["val_loss"] and summaries[0]["results"] == summaries[1]["results"]
+
+
+def test_resume_refuses_what_contradicts_the_run(m, capsys, copied_run, tmp_path):
+    before = files_of(copied_run)
+    for name, value in (("lr", 0.5), ("n_layer", 2), ("positions", "sinusoidal"), ("label_smoothing", 0.3),
+                        ("data", "numbers"), ("seed", 4)):
+        assert re.search(name.replace("_", "[-_]"), complaint(m, capsys, "--resume", "--out", "run",
+                                                              *as_flags(**{name: value})))
+    write_pairs(tmp_path / "pairs.tsv", toy_pairs()[1:])
+    assert "pairs.tsv" in complaint(m, capsys, "--resume", "--out", "run")
+    assert files_of(copied_run) == before
+
+
+def spoil(path, how):
+    raw = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(raw[:len(raw) // 2])
+    elif how == "one bit in a weight":
+        weight = contents(path)["model"]["shared.weight"]
+        where = raw.index(weight.numpy().tobytes()) + 37
+        path.write_bytes(raw[:where] + bytes([raw[where] ^ 4]) + raw[where + 1:])
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    elif how == "a whole module":  # a pickle that would run code: common on the web
+        torch.save(nn.Linear(2, 3), path)
+    elif how == "another script's":
+        torch.save({**contents(path), "script": "llama3"}, path)
+    elif how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit in a weight", "text", "a whole module", "another script's",
+                                 "missing"])
+@pytest.mark.parametrize("flags", [("--resume", "--out", "run"), ("--load", "run/ckpt.pt", "--prompt", "the")], ids=str)
+def test_damaged_checkpoints_are_refused_by_name(m, capsys, copied_run, how, flags):
+    spoil(copied_run / "ckpt.pt", how)
+    before = files_of(copied_run)
+    assert "ckpt.pt" in complaint(m, capsys, *flags)
+    assert files_of(copied_run) == before
+
+
+BAD = {
+    "heads": ("--n-head", "3"),
+    "not a number": ("--lr", "nonsense"),
+    "not a number at all": ("--lr", "nan"),
+    "zero layers": ("--n-layer", "0"),
+    "no such flag": ("--nonsense",),
+    "abbreviation": ("--n-lay", "2"),
+    "value for a switch": ("--gated", "False"),
+    "no such preset": ("--preset", "nonsense"),
+    "no such positions": ("--positions", "rotary"),
+    "no such schedule": ("--schedule", "linear"),
+    "no such objective": ("--objective", "mlm"),
+    "no warm-up to fall from": ("--schedule", "rsqrt", "--warmup-steps", "0"),
+    "all smoothed": ("--label-smoothing", "1"),
+    "odd sinusoids": ("--positions", "sinusoidal", "--n-embd", "15", "--n-head", "3"),
+    "more answers than beams": ("--beams", "2", "--n-best", "3"),
+    "more answers than greedy has": ("--n-best", "2"),
+    "beams": ("--beams", "0"),
+    "length penalty": ("--length-penalty", "nan"),
+    "multi30k without a network": ("--data", "multi30k"),
+    "the preset too": ("--preset", "multi30k"),
+    "span of numbers": ("--preset", "span", "--data", "numbers"),
+    "span of pairs": ("--preset", "span", "--data", "multi30k"),
+    "shakespeare has no pairs": ("--data", "shakespeare"),
+    "auto has no pairs": ("--data", "auto"),
+    "shakespeare without a network": ("--preset", "span", "--data", "shakespeare"),
+    "missing pairs": ("--data", "missing.tsv"),
+    "folder as pairs": ("--data", "."),
+    "binary as pairs": ("--data", "binary.bin"),
+    "empty": ("--data", "empty.txt"),
+    "no tabs": ("--data", "text.txt"),
+    "two tabs": ("--data", "wide.tsv"),
+    "empty target": ("--data", "hole.tsv"),
+    "few pairs": ("--data", "few.tsv"),
+    "one source": ("--data", "one.tsv"),
+    "missing text": ("--preset", "span", "--data", "missing.txt"),
+    "short text": ("--preset", "span", "--data", "short.txt"),
+    "missing model": ("--load", "missing", "--prompt", "x"),
+    "missing run": ("--resume",),
+    "short context for numbers": ("--block-size", "8"),
+    "prompt for numbers": ("--prompt", "eleventy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(m, capsys, offline, quick, tmp_path, name):
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("abc" * 50)
+    pairs = toy_pairs(40)
+    write_pairs("few.tsv", pairs[:7])
+    write_pairs("one.tsv", [("same", target) for _, target in pairs])
+    write_pairs("hole.tsv", [*pairs, ("source", " ")])
+    write_pairs("wide.tsv", [*pairs, ("source", "target\tmore")])
+    before = {path.name for path in tmp_path.iterdir()}
+    complaint(m, capsys, *BAD[name], "--max-steps", "1")
+    # fetch() may have made ./data for the file that did not come; nothing may be in it.
+    assert {path.name for path in tmp_path.iterdir()} - {"data"} == before
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_bad_input_from_a_shell(m, tmp_path):
+    """The same through a real process: exit status, one line on stderr, no traceback, nothing written."""
+    chosen = ("more answers than beams", "missing pairs", "missing run")
+    running = {name: subprocess.Popen([sys.executable, "-I", m.__file__, *BAD[name]], cwd=tmp_path, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in chosen}
+    for name, process in running.items():
+        _, err = process.communicate(timeout=120)
+        assert process.returncode not in (0, None), name
+        assert err.startswith("error: ") and len(err.splitlines()) == 1, (name, err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(m, capsys, quick):
+    text = complaint(m, capsys, "--preset", "t5-large", "--data", "text.txt", "--batch-size", "8192", "--block-size",
+                     "64", "--device", "cpu")
+    for part in ("GB", "weights", "gradients", "optimizer", "activations"):
+        assert part in text
+
+
+@pytest.mark.parametrize("values", [
+    {"n_embd": 30, "n_head": 4}, {"n_layer": 0}, {"lr": 0.0}, {"dropout": 1.0}, {"top_p": 0.0}, {"beams": 0},
+    {"n_best": 2}, {"grad_accum": 0}, {"beta2": 1.0}, {"min_lr_ratio": 2.0}, {"dtype": "float16"}, {"save_every": 0},
+    {"positions": "learned"}, {"objective": "mlm"}, {"label_smoothing": 1.0}, {"length_penalty": math.inf},
+    {"seed": -1}], ids=str)
+def test_impossible_settings_raise(m, values):
+    with pytest.raises(ValueError):
+        m.Config(**values)
+
+
+def test_command_line(m, capsys):
+    def parse(*flags):
+        return m.parse_config(m.Config, m.PRESETS, list(flags))
+
+    assert parse() == m.Config() and all(parse("--preset", name) for name in m.PRESETS)
+    cfg = parse("--preset", "multi30k", "--n-layer", "5", "--no-tie-weights", "--gnmt", "--length-penalty", "0.6")
+    assert (cfg.n_layer, cfg.tie_weights, cfg.gnmt, cfg.length_penalty, cfg.data) == (5, False, True, 0.6, "multi30k")
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    out = capsys.readouterr().out
+    assert stop.value.code in (0, None)
+    for field in dataclasses.fields(m.Config):
+        assert "--" + field.name.replace("_", "-") in out
+
+
+def say(m, capsys, *flags):
+    capsys.readouterr()
+    run(m, *flags)
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_talking_to_a_run(m, copied_run, capsys):
+    """Greedy, beams, several answers, sampling: what the program prints is what the functions give."""
+    state = contents(copied_run / "ckpt.pt")
+    tokenizer = m.tokenizer_from(state["extra"]["tokenizer"])
+    model = m.T5(m.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.n_vocab))
+    model.load_state_dict(state["model"])
+    ids = torch.tensor([tokenizer.encode("the cat sat") + [1]])
+
+    def decoded(row):
+        row = row.tolist()
+        return tokenizer.decode(row[:row.index(1)] if 1 in row else row).strip()
+
+    def ask(*flags, load="run"):
+        return say(m, capsys, "--load", load, "--prompt", "the cat sat", "--max-new-tokens", "9", *flags)
+
+    greedy = decoded(m.generate(model, ids, 9, eos_ids=(1,))[0])
+    assert ask().strip() == ask(load="run/ckpt.pt").strip() == ask("--top-k", "1", "--temperature", "1").strip() == greedy
+    found, _ = m.beam_search(model, ids, 9, num_beams=3, eos_ids=(1,), length_penalty=0.5)
+    assert ask("--beams", "3", "--length-penalty", "0.5") == decoded(found[0, 0])
+    found, scores = m.beam_search(model, ids, 9, num_beams=4, n_best=3, eos_ids=(1,), gnmt=True, length_penalty=2.0)
+    lines = ask("--beams", "4", "--n-best", "3", "--gnmt", "--length-penalty", "2").splitlines()
+    assert len(lines) == 3
+    for line, row, score in zip(lines, found[0], scores[0].tolist(), strict=True):
+        number, _, text = line.strip().partition(" ")
+        assert text.strip() == decoded(row) and float(number) == pytest.approx(score, abs=1e-3)
+    hot = [ask("--temperature", "3", "--seed", str(seed)) for seed in (1, 1, 2, 3)]
+    assert hot[0] == hot[1] and len(set(hot)) > 1
+
+
+def test_streaming_writes_whole_characters(m, copied_run, capsys, monkeypatch):
+    """A character of two tokens appears when it is whole."""
+    tokenizer = m.TextTokenizer([])  # bytes alone
+    ids = [*tokenizer.encode("café dog"), 1, 0]
+    on_token = m.stream(tokenizer)
+    capsys.readouterr()
+    for token in ids[:-1]:
+        on_token(torch.tensor([token]))
+    assert capsys.readouterr().out.strip() == "café dog"
+
+
+def test_training_goes_on_from_a_loaded_run(m, copied_run, tmp_path):
+    before = contents(copied_run / "ckpt.pt")
+    model, cfg = run(m, "--load", "run", *as_flags(**{**FLAGS, **TASKS["pairs"], "out": "more", "max_steps": 2,
+                                                      "lr": 1e-12, "weight_decay": 0}))
+    after = contents(tmp_path / "more" / "ckpt.pt")
+    assert after["step"] == 2 and after["extra"]["tokenizer"] == before["extra"]["tokenizer"]
+    for name, tensor in before["model"].items():
+        torch.testing.assert_close(after["model"][name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.fixture
+def published_folder(hf, unigram, tmp_path):
+    theirs = published(hf, 1, "v1.1", vocab_size=unigram[1].get_vocab_size() + 5)  # tables are padded in real files
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes((unigram[0] / "tokenizer.json").read_bytes())
+    return tmp_path / "hf"
+
+
+def test_talking_to_published_weights(m, published_folder, unigram, capsys):
+    library = unigram[1]
+    model, _ = m.from_pretrained(published_folder)
+    ids = torch.tensor([library.encode("the cat sat", add_special_tokens=False).ids + [1]])
+    found = say(m, capsys, "--load", "hf", "--prompt", "the cat sat", "--max-new-tokens", "7").strip()
+    row = m.generate(model, ids, 7, eos_ids=(1,))[0].tolist()
+    assert found == library.decode([i for i in row if 2 < i < library.get_vocab_size()]).strip()
+    lines = say(m, capsys, "--load", "hf", "--prompt", "the cat sat", "--beams", "3", "--n-best", "3").splitlines()
+    assert len(lines) == 3
+
+
+def test_fine_tuning_published_weights_can_be_talked_to(m, published_folder, pairs_file, capsys, tmp_path):
+    flags = dict(load="hf", data="pairs.tsv", block_size=24, max_steps=2, warmup_steps=1, batch_size=4, out="run",
+                 device="cpu", max_new_tokens=3)
+    model, cfg = run(m, *as_flags(**flags))
+    assert cfg.gated and not cfg.tie_weights and cfg.head_size == model.cfg.head_size
+    assert contents("run/ckpt.pt")["step"] == 2
+    say(m, capsys, "--load", "run", "--prompt", "the cat", "--max-new-tokens", "3")
+
+
+def test_a_tokenizer_larger_than_the_table_is_one_line(m, hf, unigram, tmp_path, capsys):
+    published(hf, 1, "v1.1", vocab_size=unigram[1].get_vocab_size() - 1).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes((unigram[0] / "tokenizer.json").read_bytes())
+    assert "tokenizer" in complaint(m, capsys, "--load", "hf", "--prompt", "the")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun as used here need POSIX")
+def test_two_ranks_equal_one_process(m, pairs_file, tmp_path):
+    """Data-parallel training is the same training. Targets of unequal length: the ranks count different tokens."""
+    settings = {**FLAGS, **TASKS["pairs"], "batch_size": 6, "grad_accum": 2, "max_steps": 5, "eval_every": 5,
+                "dtype": "float64", "max_new_tokens": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", m.__file__]
+    done = subprocess.run([*command, *as_flags(**settings, out="two")], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode and re.search(r"gloo.*(interface|address|resolve|not available)", done.stderr, re.I | re.S):
+        pytest.skip("gloo finds no network interface here")
+    assert done.returncode == 0, done.stderr[-3000:]
+    m.main(m.Config(**settings, out="one"))
+    one, two = (contents(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 5 and one["model"].keys() == two["model"].keys()
+    for name, tensor in one["model"].items():
+        assert tensor.dtype == torch.float64
+        assert (tensor - two["model"][name]).abs().max() < 1e-9, name
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], abs=1e-5)
+
+
+def test_multi30k_run_writes_bleu(m, data_dir, monkeypatch, tmp_path):
+    """Three steps on a part of the real sentences: the whole way from files to the BLEU of two searches."""
+    if not (data_dir / "multi30k.train.de").is_file():
+        pytest.skip("Multi30k is not in the data folder")
+    monkeypatch.setenv("LLM_DATA", str(data_dir))
+    original = m.read_pairs
+    monkeypatch.setattr(m, "read_pairs", lambda cfg: [part[:size] for part, size in
+                                                      zip(original(cfg), (300, 20, 12), strict=True)])
+    run(m, "--preset", "multi30k", *as_flags(**{**FLAGS, "max_steps": 3, "vocab_size": 400, "block_size": 32,
+                                                "out": "run"}))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["results"].keys() == {"bleu_greedy", "bleu_beam"} and summary["data"]["name"] == "multi30k"
+    assert len((tmp_path / "run" / "test.beam.txt").read_text(encoding="utf-8").split("\n")) == 12

@@ -1790,6 +1790,12 @@ def test_a_changed_setting_is_refused_on_resume(m, few, numbers_run, capsys):
     assert (numbers_run / "ckpt.pt").read_bytes() == before
 
 
+def test_changed_sentences_are_refused_on_resume(m, tsv, capsys):
+    program(m, **{**SENTENCES, "max_steps": 2, "finetune_steps": 2}, data="my.tsv", out="run")
+    tsv.write_text(tsv.read_text() + "one more good film\t1\n")
+    assert "my.tsv" in complaint(m, capsys, "--resume", "--out", "run")
+
+
 def test_training_goes_on_from_loaded_weights(m, few, numbers_run):
     """--load without --prompt: the run starts where the other one ended, and leaves that one alone."""
     before = (numbers_run / "ckpt.pt").read_bytes()
