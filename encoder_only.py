@@ -1180,7 +1180,6 @@ def fill_beam(model, ids, num_beams=4, mask=None, segments=None):
         K = len(rows)
         x = model.hidden(rows, *(None if t is None else t.expand(K, -1) for t in (mask, segments)))[:, column]  # (K, C)
         logp = model.mlm(x).float().log_softmax(-1)                            # (K, V)
-        logp[:, model.cfg.mask_id] = -math.inf  # "it is hidden" is no answer
         V = logp.size(-1)
         # All continuations of all rows compete in one list; the index tells row and token of a winner.
         scores, index = (scores[:, None] + logp).flatten().topk(min(num_beams, K * V))
