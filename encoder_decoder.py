@@ -161,7 +161,7 @@ T5_SIZE = dict(objective="span", data="auto", gated=True, tie_weights=False, hea
 PRESETS = {
     "laptop": {},  # the defaults above
     "multi30k": dict(data="multi30k", n_layer=3, n_embd=192, ffn_size=512, block_size=64, dropout=0.1,
-                     label_smoothing=0.1, batch_size=64, max_steps=3600, lr=3e-3, warmup_steps=400, eval_every=300,
+                     label_smoothing=0.1, batch_size=64, max_steps=2700, lr=3e-3, warmup_steps=400, eval_every=300,
                      save_every=300, beams=4),
     "span": dict(objective="span", data="auto", n_layer=2, n_embd=128, block_size=96, batch_size=32, max_steps=600,
                  lr=2e-3, vocab_size=1000, eval_every=100),
@@ -1046,12 +1046,16 @@ def read_pairs(cfg):
 def gunzipped(filename, url, sha):
     """The lines of a file that is stored as it is and downloaded as .gz. Raises OSError when it cannot be had."""
     import gzip
+    import zlib
     for folder in filter(None, (os.environ.get("LLM_DATA"), "data")):
         if (Path(folder) / filename).is_file():
             return fetch(filename, url, sha).read_text(encoding="utf-8").splitlines()
     # The published hash is that of the content, so the compressed file is checked by what comes out of it.
     packed = fetch(filename + ".gz", url)
-    content = gzip.decompress(packed.read_bytes())
+    try:
+        content = gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error):  # a proxy's error page, half a file: the hash below says so
+        content = b""
     if hashlib.sha256(content).hexdigest() != sha:
         packed.unlink()
         raise OSError(f"{url}: the download is damaged (SHA-256 differs); it was removed")
@@ -1124,7 +1128,7 @@ def get_batch(data, rows, seed, step):
     # the shortest.)
     g, n = seeded(seed, step), len(data[0])
     start = torch.randint(n, (1,), generator=g)
-    index = (start + torch.randperm(min(n, 8 * rows), generator=g)[:rows]) % n
+    index = (start + torch.randperm(max(rows, min(n, 8 * rows)), generator=g)[:rows]) % n
     return tuple(part[index] for part in data)
 
 
@@ -1711,9 +1715,12 @@ def config_from_hf(hf):
     # Each of these changes the arithmetic without changing a single shape: better refused than silently wrong.
     for key, expected in (("model_type", "t5"), ("layer_norm_epsilon", 1e-6), ("relative_attention_num_buckets", 32),
                           ("relative_attention_max_distance", 128), ("decoder_start_token_id", 0), ("pad_token_id", 0),
-                          ("num_decoder_layers", hf["num_layers"])):
+                          ("num_decoder_layers", hf.get("num_layers"))):
         if hf.get(key) is not None and hf[key] != expected:
             raise ValueError(f"config.json says {key} = {hf[key]!r}; this file implements {expected!r} only")
+    for key in ("vocab_size", "num_layers", "num_heads", "d_model", "d_kv", "d_ff"):
+        if key not in hf:
+            raise ValueError(f"config.json has no {key}")
     if hf.get("feed_forward_proj", "relu") not in ("relu", "gated-gelu"):
         raise ValueError(f"config.json says feed_forward_proj = {hf['feed_forward_proj']!r}, not relu or gated-gelu")
     return Config(objective="span", data="auto", vocab_size=hf["vocab_size"], n_layer=hf["num_layers"],
@@ -1975,6 +1982,8 @@ def bleu(hypotheses, references):
             a, b = (Counter(tuple(side[i:i + n + 1]) for i in range(len(side) - n)) for side in (ours, theirs))
             right[n] += sum((a & b).values())  # & keeps the smaller count
             total[n] += sum(a.values())
+    if right[0] == 0:  # not one word right; with no words at all nothing is left to divide by, either
+        return 0.0
     logs, halves = 0.0, 1.0
     for hit, all_ in zip(right, total, strict=True):
         if all_ == 0:
@@ -1983,7 +1992,7 @@ def bleu(hypotheses, references):
         if hit == 0:
             halves /= 2
         logs += math.log((hit or halves) / all_) / 4
-    return 100 * math.exp(min(0.0, 1 - r / max(1, c)) + logs) if c else 0.0
+    return 100 * math.exp(min(0.0, 1 - r / c) + logs)
 
 
 @torch.no_grad()
@@ -2140,20 +2149,20 @@ def main(cfg):
     # A learned vocabulary may stay smaller than --vocab-size asked for: merges stop when no pair occurs twice.
     # "auto" becomes the name of what was found: a resumed run must not find something else.
     cfg = dataclasses.replace(cfg, data=info["name"], vocab_size=cfg.vocab_size if cfg.load else tokenizer.n_vocab)
-    check_memory(cfg, device)
-    out = out_folder(cfg)
-    model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
-    cfg = dataclasses.replace(cfg, head_size=model.cfg.head_size, ffn_size=model.cfg.ffn_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows a step; "
-          f"everything goes to {out}/")
     # toy: every answer can be checked; span: a text that gets holes; neither: sentences, judged by BLEU.
     toy, span = cfg.data == "numbers", cfg.objective == "span"
     # What to ask while it learns: a number or a sentence.
     prompt = cfg.prompt or ("40215" if toy else "" if span else test[0][0])
     if prompt:
         check_prompt(tokenizer, prompt)
-
+    check_memory(cfg, device)
+    out = out_folder(cfg)
+    # Weights stay float32 under bfloat16 autocast: after 1 bfloat16 knows 1.0078 next, so small updates would be lost.
+    model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
+    cfg = dataclasses.replace(cfg, head_size=model.cfg.head_size, ffn_size=model.cfg.ffn_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows a step; "
+          f"everything goes to {out}/")
     def show(step):
         if step % cfg.eval_every == 0 and rank == 0 and prompt:
             quick = dataclasses.replace(cfg, beams=1, n_best=1)

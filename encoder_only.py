@@ -1238,10 +1238,13 @@ def heads_in(names):
 
 def config_from_hf(hf):
     """config.json (a dict) -> Config, heads not yet known. Raises ValueError for a model that is not BERT as built."""
+    for key in ("hidden_size", "max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads"):
+        if hf.get("model_type", "bert") == "bert" and key not in hf:
+            raise ValueError(f"config.json has no {key}")
     # Each of these changes the arithmetic without changing a single shape: better refused than silently wrong.
     for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-12),
                           ("position_embedding_type", "absolute"), ("is_decoder", False), ("type_vocab_size", 2),
-                          ("tie_word_embeddings", True), ("intermediate_size", 4 * hf["hidden_size"])):
+                          ("tie_word_embeddings", True), ("intermediate_size", 4 * hf.get("hidden_size", 0))):
         if hf.get(key, expected) != expected:
             raise ValueError(f"config.json says {key} = {hf[key]!r}; this file implements {expected!r} only")
     return Config(data="sst2", block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"], mask_id=103,

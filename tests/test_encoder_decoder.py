@@ -1129,7 +1129,8 @@ def test_unigram_equals_the_library(m, unigram):
     assert ours.n_vocab == library.get_vocab_size() and tuple(ours.eos_ids) == (1,)
     texts = [toy_text(200, seed).replace("\n", " ") for seed in range(1, 6)]
     texts += ["".join(rng.choices("abcdeghilmnorstuw éxyzßΩ ", k=60)) for _ in range(150)]
-    texts += ["the  cat   sat", " the cat ", "xyz the q", "QQQQ", "ﬁne ½ ｃａｔ", "", "cat\tsat\nmat", "日本 cat日sat本"]
+    texts += ["the  cat   sat", " the cat ", "xyz the q", "QQQQ", "ﬁne ½ ｃａｔ", "", "cat\tsat\nmat"]
+    texts += ["日本 cat日sat本"]
     for text in texts:
         expected = library.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == expected, text
@@ -1146,7 +1147,10 @@ def test_unigram_equals_the_library(m, unigram):
     ({"▁h": -3, "ug": -2, "s": -2, "▁hug": -3.5, "▁hu": -2, "gs": -4}, "hugs", ["▁hug", "s"]),
     # The longest piece first would take ▁ab and then pay for c and d.
     ({"▁ab": -1, "▁a": -2, "bcd": -2, "c": -4, "d": -4, "b": -4}, "abcd", ["▁a", "bcd"]),
-    ({"▁": -1, "a": -1}, "aqqa", ["▁", "a", "<unk>", "a"])])
+    ({"▁": -1, "a": -1}, "aqqa", ["▁", "a", "<unk>", "a"]),
+    # An unknown character costs 10 more than the worst piece, here 24: with "a" and "bc" 26 together.
+    ({"▁": -1, "a": -1, "bc": -1, "aqb": -14, "c": -11}, "aqbc", ["▁", "aqb", "c"]),
+    ({"▁": -1, "a": -1, "bc": -1, "aqb": -14, "c": -13}, "aqbc", ["▁", "a", "<unk>", "bc"])])
 def test_unigram_by_hand(m, scores, word, expected):
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scores.items()]
     names = [piece for piece, _ in pieces]
