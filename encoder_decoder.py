@@ -94,7 +94,7 @@ class Config:
     label_smoothing: float = 0.0      # share of the target probability that is spread over all tokens
 
     # Optimisation
-    max_steps: int = 600              # optimizer steps
+    max_steps: int = 1000             # optimizer steps
     batch_size: int = 128             # rows per micro-step, over all ranks
     grad_accum: int = 1               # micro-steps per optimizer step
     lr: float = 3e-3                  # peak learning rate
@@ -104,8 +104,8 @@ class Config:
     weight_decay: float = 0.01        # on matrices and embeddings only
     beta2: float = 0.98               # memory of Adam's second moment: 0.98 looks back about 50 steps
     grad_clip: float = 1.0            # largest gradient norm
-    eval_every: int = 100             # steps between passes over the whole validation split
-    save_every: int = 300             # steps between checkpoints
+    eval_every: int = 200             # steps between passes over the whole validation split
+    save_every: int = 500             # steps between checkpoints
     resume: bool = False              # continue the run in --out, bit for bit
 
     # Decoding. There is a right answer, so the likeliest is wanted: no sampling by default.
@@ -230,7 +230,7 @@ def relative_bucket(distance, causal):
 
     An encoder spends 16 buckets on each side, a causal decoder all 32 on the past. Half of a side's buckets are exact,
     the others grow by equal factors up to 128; beyond that everything is one bucket.
-        causal:  0 1 2 ... 15 | 16-18 | 19-21 | ... | 113 and more      (of 32)
+        causal:  0 | 1 | 2 | ... | 15 | 16-18 | 19-20 | 21-23 | ... | 113 and more
     """
     # Q: Why buckets and not one number per distance?
     # A: "3 back" and "4 back" are different, "103 back" and "104 back" are not, and long distances are rare in
@@ -245,6 +245,12 @@ def relative_bucket(distance, causal):
     # log_b(distance / exact), with b such that 128 lands on the last bucket. clamp: log(0) would be -inf.
     far = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact) * (n - exact)
     return offset + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=n - 1))
+
+
+# Added to a score, it leaves a weight of exp(-1e9) = 0. Why not -inf: a row that may look at nothing (a source that is
+# all padding) would be -inf everywhere, 0/0 = NaN, and one NaN reaches every row in the next layer. So it becomes some
+# mean over pads, which nobody reads.
+NOT_ALLOWED = -1e9
 
 
 def sinusoids(positions, C):
@@ -311,7 +317,7 @@ class T5Attention(nn.Module):
         #    one. That suited Adafactor, whose steps are relative; with Adam German -> English was at a loss of 3.6
         #    after 500 steps, and in this form at 3.1.
         # softmax(q k^T / sqrt(D) + bias) v in one call. The bias says both "how near" (a learned number per bucket) and
-        # "not allowed" (the smallest float): one tensor, one addition.
+        # "not allowed" (-1e9): one tensor, one addition.
         p = self.cfg.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(self.heads(self.q(x)), k, v, attn_mask=bias, dropout_p=p)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).flatten(2))                            # (B, T, C)
@@ -437,25 +443,22 @@ class T5(nn.Module):
             table = stack["block"][0].layer[0]["SelfAttention"].relative_attention_bias
             near = table(bucket).permute(2, 0, 1)[None]                        # (1, H, T, T)
         if causal:
-            # The smallest float instead of -inf: added to any score it stays so small that exp gives 0.
             hidden = torch.ones(T, T, dtype=torch.bool, device=near.device).triu(1)  # (T, T)
-            near = near.masked_fill(hidden, torch.finfo(near.dtype).min)       # (1, H, T, T)
+            near = near.masked_fill(hidden, NOT_ALLOWED)                       # (1, H, T, T)
         return near
 
     def padding_bias(self, mask):
-        """mask (B, S) bool -> (B, 1, 1, S): 0 for real tokens, the smallest float for pads; None stays None."""
+        """mask (B, S) bool -> (B, 1, 1, S): 0 for real tokens, NOT_ALLOWED for pads; None stays None."""
         if mask is None:
             return None
-        smallest = torch.finfo(self.shared.weight.dtype).min
-        return self.shared.weight.new_zeros(mask.shape).masked_fill(~mask, smallest)[:, None, None, :]  # (B, 1, 1, S)
+        bias = self.shared.weight.new_zeros(mask.shape).masked_fill(~mask, NOT_ALLOWED)  # (B, S)
+        return bias[:, None, None, :]                                          # (B, 1, 1, S)
 
     def encode(self, src, mask=None):
         """src (B, S) -> memory (B, S, C): what the decoder will look at."""
         bias = self.distance_bias(self.encoder, src.size(1), causal=False)     # (1, H, S, S)
         if mask is not None:
-            # Nearness and padding in one tensor. A row that is all padding gets equal scores everywhere: a mean over
-            # pads, which nobody reads, and no NaN.
-            bias = (bias + self.padding_bias(mask)).clamp(min=torch.finfo(bias.dtype).min)  # (B, H, S, S)
+            bias = bias + self.padding_bias(mask)  # nearness and padding in one tensor  # (B, H, S, S)
         x = self.embed(src, mask=mask)                                         # (B, S, C)
         for block in self.encoder["block"]:
             x = block(x, bias)                                                 # (B, S, C)
@@ -1088,7 +1091,7 @@ def make_data(cfg, tokenizer=None):
         if tokenizer.spec != ToyTokenizer.spec or cfg.block_size < 10:
             sys.exit("error: --data numbers needs --block-size 10 or more, and with --load a model of the toy language")
         # 0 as often as other short numbers: "zero" occurs nowhere else, so only itself can teach it.
-        train, val = draw_numbers(80_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
+        train, val = draw_numbers(120_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
         test = draw_numbers(2_000, cfg.seed + 1, True)
         splits = [[(str(n), number_to_words(n)) for n in part] for part in (train, val)]
     else:
@@ -1122,10 +1125,10 @@ def get_batch(data, rows, seed, step):
     rows out of a window of 8 * rows neighbours that starts anywhere. Where the data set is sorted by length, such rows
     are about equally long; where it is not, this is a draw like any other. Every row is as likely as any other.
     """
-    # Captions have 5 to 50 tokens, 17 on average: 64 of them drawn at random are padded to the longest, about 34, and
-    # half of the work would be spent on padding. Taking neighbours alone would always show the same sentences together;
-    # a window of 8 batches mixes them. (index modulo the number of rows: the window that runs over the end goes on with
-    # the shortest.)
+    # Captions have 4 to 64 tokens, 17 on average: 64 of them drawn at random are padded to the longest, 36 on average,
+    # so half of the work would be padding; this way to 20. Taking neighbours alone would always show the same sentences
+    # together; a window of 8 batches mixes them. (index modulo the number of rows: the window that runs over the end
+    # goes on with the shortest.)
     g, n = seeded(seed, step), len(data[0])
     start = torch.randint(n, (1,), generator=g)
     index = (start + torch.randperm(max(rows, min(n, 8 * rows)), generator=g)[:rows]) % n
@@ -2123,8 +2126,11 @@ def main(cfg):
     if cfg.resume:
         # What a run was made with is in its checkpoint; the command line need not repeat it and may not contradict it.
         state = read_checkpoint(Path(cfg.out) / "ckpt.pt")
-        free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load", "prompt", "max_new_tokens",
-                "temperature", "top_k", "top_p", "beams", "n_best", "length_penalty", "gnmt"}
+        # How to search may change, but only when asked for: BLEU with other beams would be another figure.
+        search = {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "beams", "n_best", "length_penalty",
+                  "gnmt"}
+        free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load"}
+        free |= search & getattr(cfg, "given", search)
         cfg, tokenizer = recorded_config(cfg, state["config"], free), tokenizer_from(state["extra"]["tokenizer"])
     elif cfg.load:
         model, cfg, tokenizer = load_any(cfg)

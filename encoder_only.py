@@ -1141,8 +1141,6 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
             "tokens_per_second": tokens / busy if busy else None}
 
 
-
-
 # --- 6. Decoding: filling in blanks ----------------------------------------------------------------------------------
 # Q: Why can an encoder not simply write?
 # A: Nothing stops you from appending a [MASK] and filling it, again and again. But each token's vector depends on the
@@ -1806,7 +1804,7 @@ def main(cfg):
               f"everything goes to {out}/")
 
         def show(step):
-            if step % cfg.eval_every == 0 and rank == 0:  # watch it learn: first words, then digits, matching last
+            if step % cfg.eval_every == 0 and rank == 0:  # watch it learn
                 tqdm.write("            " + answer(model, tokenizer, cfg, EXAMPLES[0]).split("\n")[1].strip()
                            + f"   match {accuracy(model, val_data, model.match):.3f}")
 

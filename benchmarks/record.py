@@ -1,6 +1,7 @@
 """Run the scripts as a user would, keep what they reached, and write it where it is quoted.
 
     python benchmarks/record.py decoder_only bpe_tokenizer toy_dataset     run, write results/<script>.json and pictures
+    python benchmarks/record.py encoder_decoder:numbers                    one kind of runs again, the others stay
     python benchmarks/record.py --readme                                   no runs: only refresh what quotes the results
 
 Measured numbers are never typed: results/*.json come from runs, the `Expect` paragraph and the time in a script's
@@ -26,7 +27,7 @@ RUNS = {
     "decoder_only": {"shakespeare": ("--data shakespeare", (1337, 1, 2)),
                      "pydocs": ("--data pydocs", (1337,)),
                      "numbers": ("--preset numbers", (1337, 1, 2))},
-    "encoder_only": {"numbers": ("", (1337, 1, 2)), "sst2": ("--preset sst2", (1337, 1, 2))},
+    "encoder_only": {"numbers": ("", (1337, 1, 2)), "sst2": ("--preset sst2", (1337, 1))},
     "encoder_decoder": {"numbers": ("", (1337, 1, 2)), "multi30k": ("--preset multi30k", (1337,)),
                         "span": ("--preset span", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
@@ -72,13 +73,17 @@ def run(script, arguments, seed, folder):
     return summary, done.stdout
 
 
-def record(script):
-    """All runs of one script -> results/<script>.json and its pictures."""
+def record(script, only=""):
+    """All runs of one script (or one kind of them, the others stay) -> results/<script>.json and its pictures."""
     RESULTS.mkdir(exist_ok=True)
     kept = {"environment": {"cpu": cpu_name(), "threads": THREADS, "python": platform.python_version(),
                             "system": platform.system()}, "runs": {}}
+    if only:
+        kept["runs"] = {what: runs for what, runs in results(script).items() if what != only}
     with tempfile.TemporaryDirectory() as scratch:
         for what, (arguments, seeds) in RUNS[script].items():
+            if only not in ("", what):
+                continue
             for seed in seeds:
                 folder = Path(scratch) / f"{what}-{seed}"
                 summary, printed = run(script, arguments, seed, folder)
@@ -268,11 +273,12 @@ def main():
     parser.add_argument("scripts", nargs="*", help=f"which to run: {', '.join(RUNS)}")
     parser.add_argument("--readme", action="store_true", help="run nothing, refresh headers and README")
     args = parser.parse_args()
-    for script in args.scripts:
-        if script not in RUNS:
-            parser.error(f"{script} is none of {', '.join(RUNS)}")
-    for script in [] if args.readme else args.scripts:
-        record(script)
+    wanted = [(script, only) for script, _, only in (name.partition(":") for name in args.scripts)]
+    for script, only in wanted:
+        if script not in RUNS or only not in ("", *RUNS[script]):
+            parser.error(f"{script}:{only} is none of {', '.join(RUNS)}, or it has no such run")
+    for script, only in [] if args.readme else wanted:
+        record(script, only)
     refresh()
 
 

@@ -8,6 +8,8 @@
 import os
 
 # Set before torch, transformers or matplotlib can be imported: no network, no window, no warning on fork.
+# One thread: tests are thousands of small computations, and handing those out to threads takes longer than doing them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")

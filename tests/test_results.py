@@ -22,7 +22,7 @@ def test_readme_quotes_the_results(record):
     assert record.refresh_readme(text) == text, "README.md is stale: python benchmarks/record.py --readme"
 
 
-@pytest.mark.parametrize("script", ["decoder_only", "bpe_tokenizer", "toy_dataset"])
+@pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "bpe_tokenizer", "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -43,17 +43,23 @@ def test_results_name_machine_and_seeds(record):
             assert len(kept["runs"][what]) == len(seeds)
 
 
-def test_recorded_runs_are_of_these_defaults(record):
+@pytest.mark.parametrize("script, what, preset", [
+    ("decoder_only", "shakespeare", "laptop"), ("decoder_only", "numbers", "numbers"),
+    ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
+    ("encoder_decoder", "multi30k", "multi30k")])
+def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
-    spec = importlib.util.spec_from_file_location("decoder_only", ROOT / "decoder_only.py")
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["decoder_only"] = module
+    sys.modules[script] = module
     spec.loader.exec_module(module)
-    now = vars(module.Config())
-    for run in record.results("decoder_only")["shakespeare"]:
+    now = vars(module.Config(**module.PRESETS[preset]))
+    # What the data decides, and what 0 stands for, is filled in when a run begins.
+    filled_in = {"data", "seed", "vocab_size", "mask_id", "head_size", "ffn_size"}
+    for run in record.results(script)[what]:
         for name, value in run["config"].items():
-            assert name in ("data", "seed", "vocab_size") or now[name] == value, name
+            assert name in filled_in or now[name] == value, name
 
 
 def test_bounds(record):
@@ -61,6 +67,19 @@ def test_bounds(record):
     runs = record.results("decoder_only")
     assert all(run["val_loss"] <= 1.78 and run["params"] == 809_856 for run in runs["shakespeare"])
     assert all(run["results"]["exact_match"] >= 0.99 for run in runs["numbers"])
+    runs = record.results("encoder_only")["numbers"]
+    assert len(runs) == 3
+    for run in runs:
+        got = run["results"]
+        assert min(got["cloze_accuracy_digits"], got["cloze_accuracy_words"], got["match_accuracy"]) >= 0.99
+        assert got["all_hidden_tokens"] <= got["all_hidden_ceiling"] + 0.01 and got["one_half_reader"] < 0.2
+        assert run["floor"] < run["val_loss"]
+    runs = record.results("encoder_decoder")["numbers"]
+    assert len(runs) == 3 and all(run["seconds"] <= 60 for run in runs)
+    assert all(run["results"]["exact_match"] == 1.0 and run["results"]["exact_match_stress"] >= 0.999 for run in runs)
+    real = record.results("encoder_decoder")["multi30k"][0]["results"]
+    for kind in ("greedy", "beam"):
+        assert real[f"bleu_{kind}"] == pytest.approx(real[f"sacrebleu_{kind}"], abs=1e-6)
 
 
 def test_pictures_and_links_exist():
