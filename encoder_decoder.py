@@ -6,7 +6,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-T5 IN ONE FILE                                   python encoder_decoder.py          30 s on two CPU cores
+T5 IN ONE FILE                                   python encoder_decoder.py          42 s on two CPU cores
 
 Paper    Raffel et al. 2019, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, arXiv
          1910.10683; the shape is that of Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762
@@ -22,7 +22,9 @@ Symbols  B batch   S source time   T target time   P cached tokens   C n_embd   
 New here cross-attention, relative position buckets, RMSNorm, gated feed-forward, label smoothing, span corruption,
          BLEU. Search and training loop are decoder_only.py's, pasted unchanged.
 Not here Adafactor, sentencepiece training, multi-task mixtures
-Expect   to be measured
+Expect   100.00% (3 of 3 seeds) of unseen numbers exactly right, of those with three or more zeros 100.00% (3 of 3
+         seeds). --preset multi30k, 17 min: BLEU 35.4 greedy, 37.4 with 4 beams on the test set of 2016
+         (results/encoder_decoder.json)
 Asked    What does cross-attention cache?   Does T5 really leave out the 1/sqrt(D)?   Why buckets?   Encoder-decoder or
          decoder-only?   What does label smoothing buy?   What is span corruption?   What does BLEU count? (grep "# Q:")
 """

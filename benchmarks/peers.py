@@ -608,43 +608,47 @@ def encoder_decoder(args):
     transformers.logging.set_verbosity_error()
     m = load_script("encoder_decoder")
     rounds = args.rounds or 10
-    cfg = m.Config(n_layer=4, n_head=4, n_embd=256, vocab_size=10_000, block_size=64)
-    ours = m.build_model(cfg)
-    with torch.no_grad():  # weights of training's size give distributions with clear winners, as a trained model has
-        ours.shared.weight *= 4
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        m.save_pretrained(ours, ours.cfg, folder)
-        theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder)
-    ours.eval(), theirs.eval()
-    parameters = sum(p.numel() for p in ours.parameters())
-    results, rows = {"parameters": parameters, "transformers": transformers.__version__, "rounds": rounds}, []
-    for B in (1, 16):
-        source = torch.randint(3, 10_000, (B, 32), generator=torch.Generator().manual_seed(B))
-        kept = {}
+    results, rows = {"transformers": transformers.__version__, "rounds": rounds, "beam_search": []}, []
+    # Two ways to spend 10 million parameters: wide, where matrix products dominate, and deep, where calls do.
+    for layers, width, vocabulary in ((8, 192, 8_000), (4, 256, 10_000)):
+        cfg = m.Config(n_layer=layers, n_head=4, n_embd=width, vocab_size=vocabulary, block_size=64)
+        ours = m.build_model(cfg)
+        with torch.no_grad():  # a wider table gives distributions with clear winners, as a trained model has
+            ours.shared.weight *= 4
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            m.save_pretrained(ours, ours.cfg, folder)
+            theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+        ours.eval(), theirs.eval()
+        parameters = sum(p.numel() for p in ours.parameters())
+        label = f"{parameters / 1e6:.1f} M parameters, {layers} + {layers} layers x {width}"
+        for B in (1, 16):
+            source = torch.randint(3, vocabulary, (B, 32), generator=torch.Generator().manual_seed(B))
+            kept = {}
 
-        def with_ours(source=source, kept=kept):
-            kept["ours"] = m.beam_search(ours, source, 64, num_beams=4, eos_ids=(1,))
+            def with_ours(source=source, kept=kept, ours=ours):
+                kept["ours"] = m.beam_search(ours, source, 64, num_beams=4, eos_ids=(1,))
 
-        def with_transformers(source=source, kept=kept):
-            with torch.no_grad():
-                kept["theirs"] = theirs.generate(source, attention_mask=torch.ones_like(source), num_beams=4,
-                                                 max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=0,
-                                                 return_dict_in_generate=True, output_scores=True)
+            def with_transformers(source=source, kept=kept, theirs=theirs):
+                with torch.no_grad():
+                    kept["theirs"] = theirs.generate(source, attention_mask=torch.ones_like(source), num_beams=4,
+                                                     max_new_tokens=64, do_sample=False, eos_token_id=1, pad_token_id=0,
+                                                     return_dict_in_generate=True, output_scores=True)
 
-        seconds = take_turns({"ours": timed(with_ours), "transformers": timed(with_transformers)}, rounds)
-        mine, their_ids = kept["ours"][0][:, 0], kept["theirs"].sequences[:, 1:]
-        written = int(torch.isin(mine, torch.tensor([1])).cumsum(1).eq(0).sum())  # up to each row's end
-        faster = times_faster(seconds, "ours", "transformers")
-        same = mine.shape == their_ids.shape and bool(torch.equal(mine, their_ids))
-        results[f"beam_search_batch_{B}"] = {
-            "beams": 4, "new_tokens": written, "same_tokens": same, "times_faster_than_transformers": faster,
-            "score_difference": (kept["ours"][1][:, 0] - kept["theirs"].sequences_scores).abs().max().item(),
-            "tokens_per_second": {who: written / statistics.median(taken) for who, taken in seconds.items()},
-            "seconds_per_round": seconds}
-        rows += [(f"{who}, {B} sources", f"{written / statistics.median(taken):9.1f} tokens/s")
-                 for who, taken in seconds.items()]
-        rows.append(("  ours is", f"{faster:9.2f} times as fast, same tokens: {same}"))
-    print_table(f"Beam search, 4 beams, {parameters:,} parameters", rows)
+            seconds = take_turns({"ours": timed(with_ours), "transformers": timed(with_transformers)}, rounds)
+            mine, their_ids = kept["ours"][0][:, 0], kept["theirs"].sequences[:, 1:]
+            written = int((mine == 1).cumsum(1).eq(0).sum())  # up to each row's end
+            faster = times_faster(seconds, "ours", "transformers")
+            same = mine.shape == their_ids.shape and bool(torch.equal(mine, their_ids))
+            results["beam_search"].append({
+                "label": label, "parameters": parameters, "sources": B, "beams": 4, "new_tokens": written,
+                "same_tokens": same, "times_faster_than_transformers": faster,
+                "score_difference": (kept["ours"][1][:, 0] - kept["theirs"].sequences_scores).abs().max().item(),
+                "tokens_per_second": {who: written / statistics.median(taken) for who, taken in seconds.items()},
+                "seconds_per_round": seconds})
+            rows += [(f"{label}, {B} sources: {who}", f"{written / statistics.median(taken):9.1f} tokens/s")
+                     for who, taken in seconds.items()]
+            rows.append(("  ours is", f"{faster:9.2f} times as fast, same tokens: {same}"))
+    print_table("Beam search, 4 beams", rows)
 
     # Training: one step on 32 x (32 -> 32) tokens.
     source, targets = (torch.randint(3, 10_000, (32, 32), generator=torch.Generator().manual_seed(i)) for i in (8, 9))

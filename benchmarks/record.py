@@ -79,7 +79,7 @@ def record(script, only=""):
     kept = {"environment": {"cpu": cpu_name(), "threads": THREADS, "python": platform.python_version(),
                             "system": platform.system()}, "runs": {}}
     if only:
-        kept["runs"] = {what: runs for what, runs in results(script).items() if what != only}
+        kept["runs"] = {what: runs for what, runs in (results(script) or {}).items() if what != only}
     with tempfile.TemporaryDirectory() as scratch:
         for what, (arguments, seeds) in RUNS[script].items():
             if only not in ("", what):
@@ -263,7 +263,7 @@ def refresh():
     """Headers first: the README's table quotes them."""
     for script in RUNS:
         path = ROOT / f"{script}.py"
-        if runs := results(script):
+        if (runs := results(script)) and set(runs) == set(RUNS[script]):
             write(path, refresh_header(path.read_text(encoding="utf-8"), script, runs))
     write(ROOT / "README.md", refresh_readme((ROOT / "README.md").read_text(encoding="utf-8")))
 
