@@ -2033,7 +2033,8 @@ def plot_alignment(path, model, tokenizer, source, target):
                              squeeze=False, sharey=True)
     for layer, (ax, image) in enumerate(zip(axes[0], weights, strict=True), 1):
         ax.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        ax.set_xticks(range(len(columns)), columns, rotation=0 if tokenizer.n_vocab < 100 else 60)
+        slant = {} if tokenizer.n_vocab < 100 else dict(rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_xticks(range(len(columns)), columns, **slant)
         ax.set_yticks(range(len(rows)), rows)
         ax.set_title(f"decoder layer {layer}", fontsize=9)
     fig.suptitle("cross-attention: row = word being written, column = source", fontsize=9)

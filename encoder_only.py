@@ -91,7 +91,7 @@ class Config:
 
     # Optimisation
     mask_rate: float = 0.15           # share of tokens that are hidden
-    max_steps: int = 2800             # optimizer steps (of pre-training)
+    max_steps: int = 3400             # optimizer steps (of pre-training)
     batch_size: int = 128             # rows per micro-step, over all ranks
     grad_accum: int = 1               # micro-steps per optimizer step
     lr: float = 2e-3                  # peak learning rate; small models take large ones (BERT: 1e-4)
@@ -152,8 +152,8 @@ PRESETS = {
     "laptop": {},  # the defaults above
     # 6,900 sentences are little: small width, dropout, and 40 % hidden, so that every pass asks other questions
     # (Wettig et al. 2022, arXiv 2202.08005, found 40 % better than 15 % for large models as well).
-    "sst2": dict(data="sst2", heads="mlm", block_size=64, n_layer=2, n_embd=128, init_std=0.088, dropout=0.1,
-                 mask_rate=0.4, max_steps=1000, batch_size=64, lr=1e-3, warmup_steps=100, finetune_steps=300,
+    "sst2": dict(data="sst2", heads="mlm", block_size=40, n_layer=2, n_embd=128, init_std=0.088, dropout=0.1,
+                 mask_rate=0.4, max_steps=600, batch_size=64, lr=1e-3, warmup_steps=100, finetune_steps=250,
                  eval_every=100, save_every=500),
     "bert-base": dict(BERT_SIZE, n_layer=12, n_head=12, n_embd=768),
     "bert-large": dict(BERT_SIZE, n_layer=24, n_head=16, n_embd=1024),
@@ -737,7 +737,7 @@ def make_data(cfg, tokenizer=None):
         tokenizer = tokenizer or ToyTokenizer()
         if cfg.block_size < 18 or tokenizer.spec != ToyTokenizer.spec:
             sys.exit("error: --data numbers needs --block-size 18 or more, and with --load a model of the toy language")
-        train, val = draw_numbers(120_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
+        train, val = draw_numbers(240_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
         print(f"data: the toy language, {len(train):,} pairs to train, {len(val):,} other numbers to validate")
         info = {"name": "numbers", "sha256": hashlib.sha256(str((train, val)).encode()).hexdigest()}
         return pair_rows(train, tokenizer, cfg.seed), pair_rows(val, tokenizer, cfg.seed + 1), tokenizer, info, None
