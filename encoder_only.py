@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-BERT IN ONE FILE                                 python encoder_only.py             120 s on two CPU cores
+BERT IN ONE FILE                                 python encoder_only.py             2 min on two CPU cores
 
 Paper    Devlin et al. 2018, BERT: Pre-training of Deep Bidirectional Transformers, arXiv 1810.04805
 Idea     Hide some tokens of a text and guess them from both sides (a cloze). No mask hides the future, so every token
@@ -21,7 +21,10 @@ Symbols  B batch   T time   C n_embd   H heads   D head size = C/H   V vocabular
 New here no causal mask, post-norm blocks, segments, heads on gathered positions, masking 80/10/10, WordPiece, filling
          in blanks. The training loop is decoder_only.py's, pasted unchanged; a test keeps it so.
 Not here ModernBERT's parts (rotary positions, packing), ELECTRA, sentence-embedding training
-Expect   to be measured
+Expect   of the tokens that can be known from the other half only 99.9% (99.8% to 100.0%, 3 seeds) digits and 99.9%
+         (99.9% to 100.0%, 3 seeds) words are guessed right (from one half 15.4%; of all hidden tokens 88.4%, ceiling
+         88.5%), and 100.0% (99.9% to 100.0%, 3 seeds) of the pairs are judged right. --preset sst2, from scratch:
+         64.6%, a bag of words 79.2% (results/encoder_only.json)
 Asked    Why not always [MASK]?   Why only at the hidden positions?   Post-norm or pre-norm?   What is [CLS] for?
          Why can an encoder not simply write?   Why does the mean need the mask?   Two blanks at once?   (grep "# Q:")
 """
@@ -1476,7 +1479,7 @@ def cloze_accuracy(model, tokenizer, numbers, cfg):
     half alone leaves more than one choice: such a token can be known, and only by reading the other half.
     """
     table, prior = all_forms()
-    where = {}  # (column, token) -> the numbers that have it there
+    where = {}  # by column and token: the numbers that have it there
 
     def agreeing(row, columns, filled):
         """Indices of all numbers with row's tokens in these columns, and some token in each of the `filled` ones."""
@@ -1758,6 +1761,7 @@ def main(cfg):
         print(answer(model.to(device), tokenizer, cfg, cfg.prompt))
         return model, cfg
 
+    # From here on it is a training run: settings that mean nothing for it are refused, not ignored.
     if cfg.prompt:
         sys.exit("error: --prompt is a question to a trained model: name one with --load")
     toy = cfg.data == "numbers"
