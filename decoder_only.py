@@ -1307,9 +1307,11 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
     for n in range(N):
         norm = ((5 + n + 1) / 6 if gnmt else n + 1) ** length_penalty
         logp = logits.float().log_softmax(-1).view(B, K, V)                    # (B, K, V)
-        # The continuations of all beams of a row compete in one list; the index tells beam and token of a winner.
-        score, index = (logp + running[:, :, None]).flatten(1).topk(wanted)    # (B, M)
-        beam, token = index // V, index % V                                    # (B, M)
+        # The continuations of all beams of a row compete for M places. No beam can win more than M, so each sends its
+        # best W = min(M, V) into the final: a list of K*W instead of K*V. The index tells beam and token of a winner.
+        score, token = logp.topk(min(wanted, V))                               # (B, K, W)
+        score, index = (score + running[:, :, None]).flatten(1).topk(wanted)   # (B, M)
+        beam, token = index // token.size(2), token.flatten(1).gather(1, index)  # (B, M)
         longer = tokens.gather(1, beam[:, :, None].expand(-1, -1, N))          # (B, M, N)
         longer[:, :, n] = token
         ends = torch.isin(token, eos) | (n == N - 1)                           # (B, M)

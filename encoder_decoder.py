@@ -268,22 +268,6 @@ def sinusoids(positions, C):
     return torch.cat((angle.sin(), angle.cos()), -1)                           # (..., C)
 
 
-class Linear(nn.Linear):
-    """nn.Linear without bias, faster for the few rows of decoding: x (..., in) -> (..., out)."""
-
-    def __init__(self, size_in, size_out):
-        super().__init__(size_in, size_out, bias=False)
-
-    def forward(self, x):
-        # One step of a search multiplies 2 to 16 rows (its beams) with a whole matrix: what takes time is reading the
-        # weights. CPU libraries split a product along the rows of its first factor, and here x has too few to split.
-        # (W x^T)^T is the same product with W in that place: 0.8 instead of 1.9 ms for 4 rows and 10,000 x 256 weights.
-        rows = x.numel() // x.size(-1)
-        if 1 < rows <= 16 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return (self.weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
-        return super().forward(x)
-
-
 # Attention is a soft dictionary. Each token makes a query (what do I look for?), a key (what do I offer?) and a value
 # (what do I hand over?). Query . key is a score, softmax turns a row of scores into weights that sum to 1, the result
 # is the weighted mean of the values. Three uses of one thing:
@@ -297,8 +281,8 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = cfg.n_head * cfg.head_size  # need not be C: t5-small v1.1 has 6 heads of 64 at width 512
         self.cfg = cfg
-        self.q, self.k, self.v = (Linear(cfg.n_embd, inner) for _ in range(3))
-        self.o = Linear(inner, cfg.n_embd)
+        self.q, self.k, self.v = (nn.Linear(cfg.n_embd, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, cfg.n_embd, bias=False)
         if relative:  # (32, H): one number per bucket and head
             self.relative_attention_bias = nn.Embedding(32, cfg.n_head)
 
@@ -317,7 +301,7 @@ class T5Attention(nn.Module):
         #    We keep q at k's size and divide: the same function, and loading a checkpoint multiplies q by sqrt(D). But
         #    Adam moves a weight by about lr whatever its size, so a small q learns sqrt(D) times as fast as a large
         #    one. That suited Adafactor, whose steps are relative; with Adam German -> English was at a loss of 3.6
-        #    after 500 steps, and in this form at 3.1.
+        #    after 500 steps, and in this form at 3.1 (one run each).
         # softmax(q k^T / sqrt(D) + bias) v in one call. The bias says both "how near" (a learned number per bucket) and
         # "not allowed" (-1e9): one tensor, one addition.
         p = self.cfg.dropout if self.training else 0.0
@@ -339,8 +323,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.cfg = cfg
         for name in ("wi_0", "wi_1") if cfg.gated else ("wi",):
-            setattr(self, name, Linear(cfg.n_embd, cfg.ffn_size))
-        self.wo = Linear(cfg.ffn_size, cfg.n_embd)
+            setattr(self, name, nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False))
+        self.wo = nn.Linear(cfg.ffn_size, cfg.n_embd, bias=False)
 
     def forward(self, x):
         # Q: What does the gate buy?
@@ -366,7 +350,7 @@ class T5Block(nn.Module):
         self.layer = nn.ModuleList(nn.ModuleDict({name: part, "layer_norm": RMSNorm(cfg.n_embd)})
                                    for name, part in parts.items())
 
-    def forward(self, x, bias, memory=None, memory_bias=None, cache=None, index=0):
+    def forward(self, x, bias, memory=None, memory_bias=None):
         """x (B, T, C); bias of the self-attention; memory = (k, v) of the source for this layer -> (B, T, C)."""
         def add(x, y):
             return x + F.dropout(y, self.cfg.dropout, self.training)           # (B, T, C)
@@ -374,16 +358,10 @@ class T5Block(nn.Module):
         part = self.layer[0]
         h = part["layer_norm"](x)                                              # (B, T, C)
         k, v = part["SelfAttention"].keys_values(h)                            # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.update(index, k, v)  # P + T of them now
         x = add(x, part["SelfAttention"](h, k, v, bias))                       # (B, T, C)
         if memory is not None:
-            part, (k, v) = self.layer[1], memory
-            # In beam search K rows in a row ask about one source. To attention that is K queries to the same keys: so
-            # the source's keys are kept once and not K times. In training K = 1, and nothing happens here.
-            h = part["layer_norm"](x)                                          # (B, T, C)
-            y = part["EncDecAttention"](h.reshape(len(k), -1, h.size(-1)), k, v, memory_bias)
-            x = add(x, y.view_as(x))                                           # (B, T, C)
+            part = self.layer[1]
+            x = add(x, part["EncDecAttention"](part["layer_norm"](x), *memory, memory_bias))  # (B, T, C)
         part = self.layer[-1]
         return add(x, part["DenseReluDense"](part["layer_norm"](x)))           # (B, T, C)
 
@@ -409,7 +387,7 @@ class T5(nn.Module):
         self.encoder, self.decoder = (
             nn.ModuleDict({"block": nn.ModuleList(T5Block(cfg, decoder, i == 0) for i in range(cfg.n_layer)),
                            "final_layer_norm": RMSNorm(C)}) for decoder in (False, True))
-        self.lm_head = Linear(C, cfg.vocab_size)
+        self.lm_head = nn.Linear(C, cfg.vocab_size, bias=False)
         # Every product keeps the size of what it multiplies: std = 1/sqrt(fan-in), C but for these two.
         fan_in = {"o": cfg.n_head * cfg.head_size, "wo": cfg.ffn_size}
         for name, parameter in self.named_parameters():
@@ -424,7 +402,7 @@ class T5(nn.Module):
         # A: As a head the table wants std 1/sqrt(C), so that logits start at variance 1; as an input it wants numbers
         #    of size 1, next to sinusoids of size 1 and to what the blocks add. T5 keeps it at std 1 and divides the
         #    head's input by sqrt(C): the same function. But Adam moves a weight by about lr whatever its size, and a
-        #    table 1/14 the size learns 14 times as fast: a loss of 3.5 instead of 4.3 after 500 steps at width 192.
+        #    table 1/14 the size learns 14 times as fast: a loss of 3.5 instead of 4.3 after 500 steps (one run).
         #    (T5's Adafactor takes steps relative to the weights; there it makes no difference.)
         x = self.shared(ids) * math.sqrt(self.cfg.n_embd)                      # (B, T, C)
         if self.cfg.positions == "sinusoidal":
@@ -473,16 +451,12 @@ class T5(nn.Module):
         #    per source token, and never touched again. The self-attention's grow by one column per written token.
         return [block.layer[1]["EncDecAttention"].keys_values(memory) for block in self.decoder["block"]]
 
-    def decode(self, tgt, memories, memory_bias=None, bias=None, cache=None):
-        """tgt (B, T) -> the decoder's stream behind its last norm (B, T, C). bias: given by decode_step; else made."""
-        start = cache.length if cache is not None else 0
-        if bias is None:
-            bias = self.distance_bias(self.decoder, tgt.size(1), causal=True)  # (1, ..., T, T)
-        x = self.embed(tgt, start)                                             # (B, T, C)
-        for index, (block, memory) in enumerate(zip(self.decoder["block"], memories, strict=True)):
-            x = block(x, bias, memory, memory_bias, cache, index)              # (B, T, C)
-        if cache is not None:
-            cache.length += tgt.size(1)
+    def decode(self, tgt, memories, memory_bias=None):
+        """tgt (B, T) -> the decoder's stream behind its last norm (B, T, C). (decode_step: the same for one token.)"""
+        bias = self.distance_bias(self.decoder, tgt.size(1), causal=True)      # (1, ..., T, T)
+        x = self.embed(tgt)                                                    # (B, T, C)
+        for block, memory in zip(self.decoder["block"], memories, strict=True):
+            x = block(x, bias, memory, memory_bias)                            # (B, T, C)
         return F.dropout(self.decoder["final_layer_norm"](x), self.cfg.dropout, self.training)  # (B, T, C)
 
     def forward(self, src, tgt, src_mask=None):
@@ -1526,11 +1500,15 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
 
 
 class T5Cache:
-    """What decoding keeps: the source's keys and values per layer, and those of the P tokens written so far.
+    """What writing keeps: the source's keys and values per layer, those of the P tokens written so far.
 
     memories: [(k, v)] per layer, (B, H, S, D); keys, values (L, rows, H, max_len, D), rows = B * beams.
     """
 
+    # Q: What does decoding cost, compared with reading?
+    # A: Reading S tokens is one pass; writing T tokens is T passes, each over all decoder weights for one token per
+    #    row: bound by memory, not by arithmetic. Long sources are cheap, long targets are not. (Deep encoder, shallow
+    #    decoder is a common trade: Kasai et al. 2020, arXiv 2006.10369.)
     def __init__(self, model, memories, memory_bias, rows, max_len):
         shape = (model.cfg.n_layer, rows, model.cfg.n_head, max_len, model.cfg.head_size)
         self.keys, self.values = (model.shared.weight.new_zeros(shape) for _ in range(2))
@@ -1538,17 +1516,27 @@ class T5Cache:
         self.memories, self.memory_bias, self.length = memories, memory_bias, 0
         # The distances between max_len positions, worked out once; step P needs row P of it.
         self.bias = model.distance_bias(model.decoder, max_len, causal=True)   # (1, ..., N, N)
+        self.weights = [matrices(block) for block in model.decoder["block"]]
 
-    # Q: What does decoding cost, compared with reading?
-    # A: Reading S tokens is one pass; writing T tokens is T passes, each over all decoder weights for one token per
-    #    row: bound by memory, not by arithmetic. Long sources are cheap, long targets are not. (Deep encoder, shallow
-    #    decoder is a common trade: Kasai et al. 2020, arXiv 2006.10369.)
-    def update(self, layer, k, v):
-        """Write k, v (rows, H, T, D) behind what is there. -> all so far, (rows, H, P+T, D) each."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+def matrices(block):
+    """What decode_step needs of a decoder block: three norms, q|k|v, o, the cross-attention's q, o, and wi.., wo."""
+    own, cross, mlp = (part[name] for part, name in
+                       zip(block.layer, ("SelfAttention", "EncDecAttention", "DenseReluDense"), strict=True))
+    # q, k and v read the same x: one matrix instead of three, joined once per source and not once per token.
+    qkv = torch.cat((own.q.weight, own.k.weight, own.v.weight)).detach()       # (3*H*D, C)
+    first = (mlp.wi_0.weight, mlp.wi_1.weight) if block.cfg.gated else (mlp.wi.weight,)
+    norms = [part["layer_norm"].weight for part in block.layer]
+    return norms, qkv, own.o.weight, cross.q.weight, cross.o.weight, first, mlp.wo.weight
+
+
+def times(x, weight):
+    """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of a search."""
+    # CPU libraries split a product along the rows of its first factor, and 4 beams are too few to split. (W x^T)^T is
+    # the same product with W in that place.
+    if 1 < len(x) <= 16 and x.device.type == "cpu":
+        return (weight @ x.t()).t().contiguous()                               # (R, O)
+    return F.linear(x, weight)                                                 # (R, O)
 
 
 # generate() and beam_search() are decoder_only.py's, to the letter: a search needs to know nothing about the model but
@@ -1564,12 +1552,37 @@ def prefill(model, ids, mask, max_len):
     return decode_step(model, ids.new_zeros(len(ids)), state)  # <pad> = 0 begins every target
 
 
+@torch.inference_mode()
 def decode_step(model, token, state):
-    """Append one token (rows,) per row. -> (logits (rows, V), state)."""
-    P = state.length
+    """Append one token (rows,) per row. -> (logits (rows, V), state). The blocks of T5.decode for one token each."""
+    # Why written out again: a step on 4 rows of a 10M model is 27 million products, 1.5 ms, and calling 60 modules one
+    # by one costs as much as that. Here is what they compute and nothing else; a test holds the two together.
+    cfg, P, rows = model.cfg, state.length, len(token)
+
+    def norm(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-6)                       # (R, C)
+
     bias = state.bias[:, :, P:P + 1, :P + 1]  # how far the new token is from each one so far
-    x = model.decode(token[:, None], state.memories, state.memory_bias, bias, state)  # (B, 1, C)
-    return model.lm_head(x[:, 0]), state
+    x = model.embed(token[:, None], P)[:, 0]                                   # (R, C)
+    for layer, (k, v) in enumerate(state.memories):
+        norms, qkv, o, cross_q, cross_o, first, wo = state.weights[layer]
+        keys, values = state.keys[layer, :, :, :P + 1], state.values[layer, :, :, :P + 1]  # (R, H, J, D)
+        h = times(norm(x, norms[0]), qkv).view(rows, 3, cfg.n_head, -1)        # (R, 3, H, D)
+        q, keys[:, :, P], values[:, :, P] = h.unbind(1)                        # (R, H, D)
+        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=bias)  # (R, H, 1, D)
+        x = x + times(y.flatten(1), o)                                         # (R, C)
+        # The K beams of a source are neighbours. To attention they are K queries to the same keys: so the source's
+        # keys are kept once and not K times.
+        h = times(norm(x, norms[1]), cross_q).view(len(k), -1, cfg.n_head, cfg.head_size)  # (B, K, H, D)
+        q = h.transpose(1, 2)                                                  # (B, H, K, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=state.memory_bias)  # (B, H, K, D)
+        x = x + times(y.transpose(1, 2).reshape(rows, -1), cross_o)            # (R, C)
+        h = norm(x, norms[2])                                                  # (R, C)
+        h = [times(h, wi) for wi in first]                                     # [(R, F)]
+        h = F.gelu(h[0], approximate="tanh") * h[1] if cfg.gated else F.relu(h[0])  # (R, F)
+        x = x + times(h, wo)                                                   # (R, C)
+    state.length = P + 1
+    return times(model.decoder["final_layer_norm"](x), model.lm_head.weight), state
 
 
 def reorder(state, rows):
@@ -1681,9 +1694,11 @@ def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_pe
     for n in range(N):
         norm = ((5 + n + 1) / 6 if gnmt else n + 1) ** length_penalty
         logp = logits.float().log_softmax(-1).view(B, K, V)                    # (B, K, V)
-        # The continuations of all beams of a row compete in one list; the index tells beam and token of a winner.
-        score, index = (logp + running[:, :, None]).flatten(1).topk(wanted)    # (B, M)
-        beam, token = index // V, index % V                                    # (B, M)
+        # The continuations of all beams of a row compete for M places. No beam can win more than M, so each sends its
+        # best W = min(M, V) into the final: a list of K*W instead of K*V. The index tells beam and token of a winner.
+        score, token = logp.topk(min(wanted, V))                               # (B, K, W)
+        score, index = (score + running[:, :, None]).flatten(1).topk(wanted)   # (B, M)
+        beam, token = index // token.size(2), token.flatten(1).gather(1, index)  # (B, M)
         longer = tokens.gather(1, beam[:, :, None].expand(-1, -1, N))          # (B, M, N)
         longer[:, :, n] = token
         ends = torch.isin(token, eos) | (n == N - 1)                           # (B, M)
