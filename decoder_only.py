@@ -480,11 +480,11 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(filename, url, sha256=""):
+def fetch(filename, url, sha256="", login=None):
     """-> Path of a file from $LLM_DATA, ./data, or else downloaded to ./data. Raises OSError when it cannot be had.
 
     A broken download continues where it stopped; only a complete file (with the right SHA-256, where it is known) gets
-    the name.
+    the name. login: headers that open a door, {"Authorization": "Bearer ..."}.
     """
     import requests
     for folder in (os.environ.get("LLM_DATA"), "data"):
@@ -498,7 +498,7 @@ def fetch(filename, url, sha256=""):
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if sha256 and part.exists() else 0  # without a hash nobody could tell if the ends fit
     # identity: sizes and ranges are those of the file and not of a compressed form of it.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"Accept-Encoding": "identity", **(login or {})} | ({"Range": f"bytes={have}-"} if have else {})
     # Two timeouts: 3 s to get a connection (an offline laptop should not hang), 30 s between two pieces of data.
     with requests.get(url, stream=True, timeout=(3, 30), headers=headers) as answer:
         if answer.status_code != 416:  # 416: nothing lies behind what we have, so we have it all
