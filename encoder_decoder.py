@@ -213,7 +213,7 @@ def parse_config(cls, presets, argv=None):
 # and needed 4,000 steps of warm-up for it.
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., C)."""
+    """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., size)."""
 
     # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
     # A: The mean and the bias. What training needs is the rescaling: a stream whose size does not grow with depth. One
@@ -225,7 +225,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # Trap: the mean of squares in bfloat16 has 8 bits. F.rms_norm works in float32 inside and rounds its result;
         # the weight is multiplied behind that, in the dtype of x, which is how the published models were trained.
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)         # (..., C)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def relative_bucket(distance, causal):

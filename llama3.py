@@ -139,6 +139,7 @@ class Config:
             for name in names.split():
                 if not ok(getattr(self, name)):
                     raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+        # What two fields say together.
         if not self.head_size and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads")
         if self.n_head % self.n_kv_head:
@@ -214,7 +215,7 @@ def parse_config(cls, presets, argv=None):
 #                                +-> norm -> self_attn -+    +-> norm -> SwiGLU -+           (one of L layers)
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., C)."""
+    """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., size)."""
 
     # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
     # A: The mean and the bias. What training needs is the rescaling: a stream whose size does not grow with depth. One
@@ -226,7 +227,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # Trap: the mean of squares in bfloat16 has 8 bits. F.rms_norm works in float32 inside and rounds its result;
         # the weight is multiplied behind that, in the dtype of x, which is how the published models were trained.
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)         # (..., C)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 # RoPE (Su et al. 2021, arXiv 2104.09864) in one picture. Take two of the D numbers of a query as a point in a plane and
@@ -1423,7 +1424,7 @@ META = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": 
 def half_split(weight, heads):
     """Rows of a q or k projection (heads*D, C) from Meta's interleaved order to the half-split one, per head."""
     out, C = weight.shape
-    return weight.view(heads, out // heads // 2, 2, C).transpose(1, 2).reshape(out, C)  # (heads*D, C)
+    return weight.view(heads, out // heads // 2, 2, C).transpose(1, 2).reshape(out, C)
 
 
 def from_meta(tensors, cfg):
@@ -1489,6 +1490,7 @@ def import_weights(model, tensors):
         found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
         if not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
             raise ValueError("config.json says that the head is tied, and lm_head.weight differs from the embedding")
+    # What is missing, then what is unknown; the first one is what helps.
     wanted = model.state_dict()
     for name in sorted(wanted.keys() ^ found.keys(), key=lambda name: (name == "lm_head.weight", name)):
         raise ValueError(f"the weights have no tensor {name}" if name in wanted else f"Llama has no tensor {name}")
@@ -1815,6 +1817,7 @@ def main(cfg):
         cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
     elif cfg.load:
         model, cfg, tokenizer = load_any(cfg)
+    # Talking needs no data and leaves no files.
     if cfg.chat:
         if not cfg.load:
             sys.exit("error: --chat needs --load: an Instruct model to talk to")

@@ -672,8 +672,109 @@ def encoder_decoder(args):
     return results
 
 
+# --- llama3 ----------------------------------------------------------------------------------------------------------
+def llama3(args):
+    """Cached greedy decoding against transformers' generate: 10 million and 125 million parameters, batch 1 and 8."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("llama3")
+    results, rows = {"transformers": transformers.__version__, "decoding": []}, []
+    for sizes, new, rounds in ((dict(n_layer=6, n_head=8, n_kv_head=4, n_embd=320, ffn_size=896, vocab_size=4096), 128,
+                                args.rounds or 10),
+                               (dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, ffn_size=2048, vocab_size=32_000),
+                                32, args.rounds or 5)):
+        ours = m.build_model(m.Config(**sizes, block_size=512, init_std=2 * sizes["n_embd"] ** -0.5))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            m.save_pretrained(ours, ours.cfg, folder)
+            theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+        ours.eval(), theirs.eval()
+        parameters = sum(p.numel() for p in ours.parameters())
+        for B in (1, 8):
+            ids = torch.randint(3, sizes["vocab_size"], (B, 32), generator=torch.Generator().manual_seed(B))
+            kept = {}
+
+            def with_ours(ids=ids, kept=kept, ours=ours, new=new):
+                kept["ours"] = m.generate(ours, ids, new)
+
+            def with_transformers(ids=ids, kept=kept, theirs=theirs, new=new):
+                with torch.no_grad():
+                    kept["theirs"] = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                                     min_new_tokens=new, do_sample=False, pad_token_id=0)[:, 32:]
+
+            seconds = take_turns({"ours": timed(with_ours), "transformers": timed(with_transformers)}, rounds)
+            faster = times_faster(seconds, "ours", "transformers")
+            same = bool(torch.equal(kept["ours"], kept["theirs"]))
+            results["decoding"].append({
+                "parameters": parameters, "rows": B, "new_tokens": new, "same_tokens": same, "sizes": sizes,
+                "times_faster_than_transformers": faster, "seconds_per_round": seconds,
+                "tokens_per_second": {who: B * new / statistics.median(taken) for who, taken in seconds.items()}})
+            label = f"{parameters / 1e6:.1f} M parameters, {B} rows"
+            rows += [(f"{label}: {who}", f"{B * new / statistics.median(taken):9.1f} tokens/s")
+                     for who, taken in seconds.items()]
+            rows.append(("  ours is", f"{faster:9.2f} times as fast, same tokens: {same}"))
+    print_table("Cached greedy decoding", rows)
+    return results
+
+
+# --- qwen3_moe -------------------------------------------------------------------------------------------------------
+def qwen3_moe(args):
+    """Forward + backward of a 2-layer mixture, 64 experts, 8 per token, against transformers' two dispatches."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("qwen3_moe")
+    rounds, results, rows = args.rounds or 10, {"transformers": transformers.__version__, "step": []}, []
+    cfg = m.Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=256, n_experts=64, experts_per_token=8, expert_size=128,
+                   vocab_size=4096, block_size=128, init_std=0.0625)
+    ours = m.build_model(cfg)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        m.save_pretrained(ours, ours.cfg, folder)
+        theirs = {how: transformers.Qwen3MoeForCausalLM.from_pretrained(folder, experts_implementation=how)
+                  for how in ("eager", "grouped_mm")}
+    for B in (4, 8, 32):
+        ids = torch.randint(4096, (B, 129), generator=torch.Generator().manual_seed(B))
+        losses = {}
+
+        def step(who, loss, model, losses=losses):
+            def run():
+                for parameter in model.parameters():
+                    parameter.grad = None
+                began = time.perf_counter()
+                losses[who] = loss()
+                losses[who].backward()
+                return time.perf_counter() - began
+            return run
+
+        def our_loss(ids=ids):
+            loss_sum, count, _ = m.compute_loss(ours.train(), (ids[:, :-1], ids[:, 1:]), m.dataclasses.replace(
+                cfg, balance="none"))
+            return loss_sum / count
+
+        def their_loss(how, ids=ids):
+            return torch.nn.functional.cross_entropy(theirs[how].train()(ids[:, :-1]).logits.flatten(0, 1),
+                                                     ids[:, 1:].flatten())
+
+        contenders = {"ours": step("ours", our_loss, ours)}
+        for how in theirs:
+            contenders[how] = step(how, lambda how=how, ids=ids: their_loss(how, ids), theirs[how])
+        seconds = take_turns(contenders, rounds)
+        values = [loss.item() for loss in losses.values()]
+        entry = {"tokens": 128 * B, "experts": 64, "experts_per_token": 8, "expert_size": 128, "width": 256,
+                 "loss_difference": max(values) - min(values), "seconds_per_round": seconds,
+                 "time_ratio_to_eager": 1 / times_faster(seconds, "ours", "eager"),
+                 "time_ratio_to_grouped": 1 / times_faster(seconds, "ours", "grouped_mm")}
+        results["step"].append(entry)
+        rows += [(f"{128 * B} tokens: {who}", f"{statistics.median(taken) * 1e3:8.1f} ms")
+                 for who, taken in seconds.items()]
+        rows.append(("  ours / eager, ours / grouped", f"{entry['time_ratio_to_eager']:.2f}, "
+                     f"{entry['time_ratio_to_grouped']:.2f} of its time, losses within {entry['loss_difference']:.0e}"))
+    print_table("Forward + backward, 2 layers, 64 experts, 8 per token", rows)
+    return results
+
+
 PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
-         "bpe_tokenizer": bpe_tokenizer}
+         "llama3": llama3, "qwen3_moe": qwen3_moe, "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):

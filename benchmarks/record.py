@@ -30,6 +30,12 @@ RUNS = {
     "encoder_only": {"numbers": ("", (1337, 1, 2)), "sst2": ("--preset sst2", (1337,))},
     "encoder_decoder": {"numbers": ("", (1337, 1, 2)), "multi30k": ("--preset multi30k", (1337,)),
                         "span": ("--preset span", (1337,))},
+    "llama3": {"shakespeare": ("--data shakespeare", (1337, 1, 2)), "numbers": ("--preset numbers", (1337, 1, 2))},
+    "qwen3_moe": {"shakespeare": ("--data shakespeare", (1337, 1, 2)),
+                  "dense": ("--data shakespeare --n-experts 0", (1337, 1, 2)),
+                  "bias": ("--data shakespeare --balance bias", (1337,)),
+                  "none": ("--data shakespeare --balance none", (1337,)),
+                  "numbers": ("--preset numbers", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -99,6 +105,27 @@ def record(script, only=""):
                 kept["runs"].setdefault(what, []).append(summary)
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / f"{script}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    if script == "qwen3_moe" and {"shakespeare", "bias", "none"} <= set(kept["runs"]):
+        balance_picture(kept["runs"])
+
+
+def balance_picture(runs):
+    """How unequal the experts' loads are during training, with and without balancing, in one figure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4), dpi=120)
+    for what, label in (("none", "--balance none"), ("bias", "--balance bias (DeepSeek-V3)"),
+                        ("shakespeare", "--balance aux (Switch), the default")):
+        looks = runs[what][0]["load_cv"]
+        ax.plot(*zip(*looks, strict=True), "o-", ms=3, label=f"{label}: val loss {runs[what][0]['val_loss']:.3f}")
+    ax.axhline(0.2, ls="--", lw=0.8, color="tab:red")
+    ax.set(xlabel="step", ylabel="standard deviation / mean of the loads, mean over layers", ylim=(0, None),
+           title="qwen3_moe.py: who balances the experts?")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(RESULTS / "qwen3_moe_balance.png")
+    plt.close(fig)
 
 
 # --- what quotes the results -----------------------------------------------------------------------------------------
@@ -154,6 +181,24 @@ def expectation(script, runs):
                 f"{spread(text, lambda r: r['results']['exact_match_stress'], '{:.2%}')}. --preset multi30k, "
                 f"{minutes(real['seconds'])}: BLEU {real['results']['bleu_greedy']:.1f} greedy, "
                 f"{real['results']['bleu_beam']:.1f} with {real['config']['beams']} beams on the test set of 2016")
+    if script == "llama3":
+        text, search = runs["shakespeare"], json.loads((RESULTS / "lr_search.json").read_text())["scripts"]
+        return (f"{minutes(max(one['seconds'] for one in text))} on two CPU cores",
+                f"validation loss {spread(text, lambda r: r['val_loss'])} nats per character after "
+                f"{text[0]['config']['max_steps']:,} steps on Tiny Shakespeare. After one search over learning rates "
+                f"for both: "
+                f"{search['llama3']['best']:.3f} here, {search['decoder_only']['best']:.3f} in decoder_only.py "
+                f"(results/lr_search.json). --preset numbers: "
+                f"{spread(runs['numbers'], lambda r: r['results']['exact_match'], '{:.1%}')} of unseen numbers exactly "
+                f"right in {minutes(max(r['seconds'] for r in runs['numbers']))}")
+    if script == "qwen3_moe":
+        text = runs["shakespeare"]
+        cv = lambda what: f"{runs[what][0]['results']['expert_load_cv']:.2f}"  # noqa: E731
+        return (f"{minutes(max(one['seconds'] for one in text))} on two CPU cores",
+                f"validation loss {spread(text, lambda r: r['val_loss'])} nats per character after "
+                f"{text[0]['config']['max_steps']:,} steps on Tiny Shakespeare; the dense model of the same work per "
+                f"token {spread(runs['dense'], lambda r: r['val_loss'])}. The experts' loads vary by "
+                f"{cv('shakespeare')} of their mean, with --balance bias {cv('bias')}, none {cv('none')}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)

@@ -544,10 +544,89 @@ def trace_encoder_decoder(m, tmp_path, fixed):
         m.beam_search(model, src, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
 
 
+def trace_llama3(m, tmp_path, fixed):
+    import base64
+
+    import torch
+
+    fixed.update(C=24, H=6, D=10, F=50)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(200)))
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=16, max_steps=3,
+                 eval_every=2, device="cpu")
+    m.main(m.Config(**small, batch_size=5, data=str(text), rope_factor=8.0, out=str(tmp_path / "text")))
+    numbers = str(tmp_path / "numbers")
+    model, cfg = m.main(m.Config(**small, batch_size=97, data="numbers", max_new_tokens=5, out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    fixed["V"] = cfg.vocab_size
+    ids, mask = torch.randint(cfg.vocab_size, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    model.eval()
+    with torch.no_grad():
+        model(ids, mask)
+        cache = m.KVCache(cfg, 5, 16, like=model.lm_head.weight)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            model(piece, cache=cache)
+    m.generate(model, ids, 19, mask=mask)
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    m.half_split(torch.randn(60, 24), 6)
+    m.save_pretrained(model, cfg, tmp_path / "saved")
+    m.from_pretrained(tmp_path / "saved")
+    del fixed["V"]
+    lines = (f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256))
+    tokenizer = m.Llama3Tokenizer("\n".join(lines))
+    talker = m.build_model(m.Config(**{**small, "block_size": 64, "vocab_size": tokenizer.n_vocab}))
+    answers = iter(["hello", ""])
+    m.input = lambda _: next(answers)
+    m.chat(talker, tokenizer, m.dataclasses.replace(talker.cfg, max_new_tokens=3))
+    m.write_text(talker, tokenizer, talker.cfg, "hello", 3)
+
+
+def trace_qwen3_moe(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=6, D=10, F=50, E=5, k=3, I=16)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(200)))
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=16, max_steps=3,
+                 n_experts=5, experts_per_token=3, expert_size=16, eval_every=2, device="cpu")
+    m.main(m.Config(**small, batch_size=7, data=str(text), balance="bias", out=str(tmp_path / "text")))
+    numbers = str(tmp_path / "numbers")
+    model, cfg = m.main(m.Config(**small, batch_size=97, data="numbers", max_new_tokens=5, mlp_only_layers="0",
+                                 out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    fixed["V"] = cfg.vocab_size
+    ids, mask = torch.randint(cfg.vocab_size, (9, 7)), torch.ones(9, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    model.eval()
+    with torch.no_grad():
+        model(ids, mask)
+        m.load_balancing_loss([layer.logits for layer in model.mixtures()], 3, mask)
+        cache = m.KVCache(cfg, 9, 16, like=model.lm_head.weight)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            model(piece, cache=cache)
+    m.experts_slow(torch.randn(7, 24), torch.randint(5, (7, 3)), torch.rand(7, 3), torch.randn(5, 32, 24),
+                   torch.randn(5, 24, 16))
+    m.generate(model, ids, 19, mask=mask)
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    fixed.pop("k")
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    m.save_pretrained(model, cfg, tmp_path / "saved")
+    m.from_pretrained(tmp_path / "saved")
+    del fixed["V"]
+    tokenizer = m.QwenTokenizer([chr(i) for i in range(256)])
+    talker = m.build_model(m.Config(**{**small, "block_size": 128, "vocab_size": tokenizer.n_vocab}))
+    answers = iter(["hello", ""])
+    m.input = lambda _: next(answers)
+    m.chat(talker, tokenizer, m.dataclasses.replace(talker.cfg, max_new_tokens=3))
+
+
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
-             "encoder_decoder": trace_encoder_decoder, "toy_dataset": trace_toy_dataset}
+             "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
+             "toy_dataset": trace_toy_dataset}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -562,6 +641,9 @@ ALONE = {
     "encoder_decoder": ("--max-steps 30 --warmup-steps 5 --eval-every 15 --n-layer 1 --n-embd 32",
                         [*TRAINED, "attention.png"]),
     "decoder_only": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 2 --n-embd 32 --n-head 2", TRAINED),
+    "llama3": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 2 --n-embd 32 --n-head 2", TRAINED),
+    "qwen3_moe": ("--max-steps 30 --eval-every 30 --data pydocs --n-layer 1 --n-embd 32 --n-head 2",
+                  [*TRAINED, "expert_load.png"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""llama3.py against transformers, PyTorch, jinja and its own definitions. `pytest tests/test_llama3.py --script PATH`."""
+"""llama3.py against transformers, PyTorch, jinja and its own definitions."""
 
 import base64
 import json
@@ -129,7 +129,7 @@ def test_prompts_of_different_length_in_one_batch(m, side):
 
 
 def test_a_full_context_forgets_its_older_half(m):
-    """With one layer a key depends on its own token alone: after forgetting, logits are those of the rest read afresh."""
+    """With one layer a key depends on its own token alone: logits are then those of the rest read afresh."""
     model = m.build_model(config(m, n_layer=1, block_size=16)).double().eval()
     for masked in (False, True):
         ids = torch.randint(97, (2, 16))
@@ -243,7 +243,7 @@ def test_frequencies_survive_a_cast(m):
 
 
 def to_meta(m, model):
-    """Our weights in Meta's names and order, written from Meta's description: plane i is rows 2i and 2i + 1 of a head."""
+    """Our weights in Meta's names and order: plane i is rows 2i and 2i + 1 of a head."""
     names = {value: key for key, value in m.META.items()}
     out = {}
     for name, tensor in model.state_dict().items():
@@ -352,7 +352,8 @@ def test_gated_repository_is_explained(m, monkeypatch, tmp_path):
 def model_file(tmp_path_factory):
     """A small tokenizer.model: the 256 bytes and some merges."""
     pieces = [bytes([i]) for i in range(256)]
-    for piece in ("he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "er", "us", "user", "\n\n", "12", "123"):
+    for piece in ("he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "er", "us", "user", "\n\n", "12",
+                  "123"):
         pieces.append(piece.encode())
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     path.write_text("".join(f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces)))
@@ -360,9 +361,10 @@ def model_file(tmp_path_factory):
 
 
 # Llama 3's and (for conversations without tools) 3.1's chat_template from tokenizer_config.json of the hub.
-LLAMA_3 = ("{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-           "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = '<|begin_of_text|>' + "
-           "content %}{% endif %}{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+LLAMA_3 = ("{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+           "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+           "{% set content = '<|begin_of_text|>' + content %}{% endif %}{{ content }}{% endfor %}"
+           "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
 LLAMA_31 = ("{{- '<|begin_of_text|>' }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = "
             "messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}"
             "{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
@@ -370,7 +372,8 @@ LLAMA_31 = ("{{- '<|begin_of_text|>' }}{%- if messages[0]['role'] == 'system' %}
             "{{- system_message }}{{- '<|eot_id|>' }}{%- for message in messages %}{{- '<|start_header_id|>' + "
             "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
             "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
-CHATS = [[("user", "hello world")], [("system", " be short\n"), ("user", "hello 123"), ("assistant", "hi"), ("user", "\n a ")],
+CHATS = [[("user", "hello world")],
+         [("system", " be short\n"), ("user", "hello 123"), ("assistant", "hi"), ("user", "\n a ")],
          [("user", "<|eot_id|> typed"), ("assistant", ""), ("user", "x")]]
 
 
@@ -443,7 +446,8 @@ def test_numbers_are_learned(m, tmp_path, capsys):
 
 
 def test_resume_is_bit_for_bit(m, tmp_path):
-    small = {**m.PRESETS["numbers"], "batch_size": 8, "eval_every": 1000, "save_every": 3, "device": "cpu", "max_steps": 6}
+    small = {**m.PRESETS["numbers"], "batch_size": 8, "eval_every": 1000, "save_every": 3, "device": "cpu",
+             "max_steps": 6}
     whole, _ = m.main(m.Config(**small, out=str(tmp_path / "whole")))
 
     class Stop(Exception):

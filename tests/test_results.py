@@ -22,7 +22,8 @@ def test_readme_quotes_the_results(record):
     assert record.refresh_readme(text) == text, "README.md is stale: python benchmarks/record.py --readme"
 
 
-@pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "bpe_tokenizer", "toy_dataset"])
+@pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
+                                    "bpe_tokenizer", "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -46,7 +47,8 @@ def test_results_name_machine_and_seeds(record):
 @pytest.mark.parametrize("script, what, preset", [
     ("decoder_only", "shakespeare", "laptop"), ("decoder_only", "numbers", "numbers"),
     ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
-    ("encoder_decoder", "multi30k", "multi30k")])
+    ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
+    ("qwen3_moe", "shakespeare", "laptop")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
@@ -80,6 +82,19 @@ def test_bounds(record):
     real = record.results("encoder_decoder")["multi30k"][0]["results"]
     for kind in ("greedy", "beam"):
         assert real[f"bleu_{kind}"] == pytest.approx(real[f"sacrebleu_{kind}"], abs=1e-6)
+    gpt = record.results("decoder_only")["shakespeare"][0]
+    runs = record.results("llama3")
+    for run in runs["shakespeare"]:
+        assert run["val_loss"] <= 1.72 and abs(run["params"] / gpt["params"] - 1) <= 0.02
+        for name in ("max_steps", "batch_size", "block_size", "grad_accum"):
+            assert run["config"][name] == gpt["config"][name]
+    assert all(run["results"]["exact_match"] >= 0.99 for run in runs["numbers"])
+    search = json.loads((ROOT / "results" / "lr_search.json").read_text())["scripts"]
+    assert search["llama3"]["best"] < search["decoder_only"]["best"] - 0.02
+    assert set(search["llama3"]["val_loss"]) == set(search["decoder_only"]["val_loss"])
+    runs = record.results("qwen3_moe")
+    assert all(run["results"]["expert_load_cv"] < 0.2 for run in runs["shakespeare"])
+    assert runs["none"][0]["results"]["expert_load_cv"] > 2 * runs["shakespeare"][0]["results"]["expert_load_cv"]
 
 
 def test_pictures_and_links_exist():
