@@ -585,13 +585,13 @@ def draw_numbers(count, seed, validation):
     return numbers
 
 
-# Three tokenizers, one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
+# Tokenizers have one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
 # travels in the checkpoint, since weights without their tokenizer are numbers about unknown symbols.
 #
 # Q: Characters or byte-level BPE?
 # A: Characters: 65 ids, a tiny head, nothing to learn about words in advance; a context of 64 tokens is two lines of
 #    verse. BPE: 50,257 ids, each worth 3.3 characters of Shakespeare, so the same context reaches further and a step
-#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of this model.
+#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of GPT-2 here.
 class CharTokenizer:
     """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
 
@@ -974,8 +974,8 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     if cfg.resume:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
-        step, extra = load_checkpoint(path, model, optimizer, cfg)
-        history = extra["history"]
+        step, saved = load_checkpoint(path, model, optimizer, cfg)
+        history, extra = saved["history"], saved | (extra or {})  # what the caller goes on filling stays his object
     net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
     if cfg.compile:
         if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):

@@ -1332,8 +1332,8 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     if cfg.resume:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
-        step, extra = load_checkpoint(path, model, optimizer, cfg)
-        history = extra["history"]
+        step, saved = load_checkpoint(path, model, optimizer, cfg)
+        history, extra = saved["history"], saved | (extra or {})  # what the caller goes on filling stays his object
     net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
     if cfg.compile:
         if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
@@ -1532,11 +1532,14 @@ def matrices(block):
 
 
 def times(x, weight):
-    """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of a search."""
-    # CPU libraries split a product along the rows of its first factor, and 4 beams are too few to split. (W x^T)^T is
-    # the same product with W in that place.
-    if 1 < len(x) <= 16 and x.device.type == "cpu":
-        return (weight @ x.t()).t().contiguous()                               # (R, O)
+    """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of decoding."""
+    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split: they
+    # leave most of the memory bandwidth unused. (W x^T)^T is the same product with W in that place. It wants a matrix:
+    # a lone row is doubled, which costs nothing, since reading W is what takes time.
+    rows = len(x)
+    if rows <= 16 and x.device.type == "cpu":
+        columns = torch.cat((x, x)) if rows == 1 else x
+        return (weight @ columns.t())[:, :rows].t().contiguous()               # (R, O)
     return F.linear(x, weight)                                                 # (R, O)
 
 

@@ -1015,8 +1015,8 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     if cfg.resume:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
-        step, extra = load_checkpoint(path, model, optimizer, cfg)
-        history = extra["history"]
+        step, saved = load_checkpoint(path, model, optimizer, cfg)
+        history, extra = saved["history"], saved | (extra or {})  # what the caller goes on filling stays his object
     net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
     if cfg.compile:
         if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):

@@ -6,12 +6,12 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-LLAMA 3 IN ONE FILE                              python llama3.py                   0 s on two CPU cores
+LLAMA 3 IN ONE FILE                              python llama3.py                   2 min on two CPU cores
 
 Paper    Llama Team 2024, The Llama 3 Herd of Models, arXiv 2407.21783; the block is that of Touvron et al. 2023, LLaMA,
          arXiv 2302.13971, with grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)
 Idea     GPT-2 after five years of weeding. Norms lose their mean and bias, positions become rotations of queries and
-         keys, several query heads share one key/value head, the feed-forward layer gets a valve. Nothing else.
+         keys, several query heads share one key/value head, the feed-forward layer gets a valve, biases go.
 Picture  ids (B,T) -> embed_tokens (B,T,C) -> n_layer x [x + self_attn(norm(x)); x + mlp(norm(x))] -> norm -> lm_head
          (B,T,V); self_attn turns q and k by angles that grow with their position
 Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H query heads   K key/value heads (beams in
@@ -19,7 +19,9 @@ Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H qu
 New here RMSNorm, RoPE (with Llama 3.1's stretching), GQA, SwiGLU, a cache that forgets, chat templates, sharded and
          Meta's own weights. The rest is decoder_only.py's: diff decoder_only.py llama3.py
 Not here mixture of experts and QK-norm (to be qwen3_moe.py), quantised weights, paged caches, fine-tuning
-Expect   to be measured
+Expect   validation loss 1.639 (1.631 to 1.648, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare. After
+         one search over learning rates for both: 1.637 here, 1.691 in decoder_only.py (results/lr_search.json).
+         --preset numbers: 99.9% (3 of 3 seeds) of unseen numbers exactly right in 19 s (results/llama3.json)
 Asked    What does RMSNorm leave out?   Half-split or interleaved?   Why fewer keys and values, but not fewer queries?
          Why three matrices?   Why may cached keys move?   How much memory does loading an 8B model take?  (grep "# Q:")
 """
@@ -149,7 +151,8 @@ class Config:
 
 
 # The published shapes (Llama Team 2024, arXiv 2407.21783, table 3, and config.json of the hub). They need
-# --tokenizer PATH of Meta's tokenizer.model, and for training far more than this page: 15 trillion tokens.
+# --tokenizer PATH of Meta's tokenizer.model, and for training far more than this page: 15 trillion tokens. Shapes and
+# lr are from there; max_steps is the 405B's, beta2 and warmup_steps are Llama 2's.
 LLAMA3 = dict(tokenizer="tokenizer.model", vocab_size=128256, block_size=8192, rope_theta=500_000.0, init_std=0.02,
               lr=3e-4, beta2=0.95, warmup_steps=2000, max_steps=1_200_000, batch_size=512, eval_every=2000,
               save_every=2000)
@@ -236,14 +239,15 @@ class RMSNorm(nn.Module):
 #     query at m    turned by m*w        <turn(q, m*w), turn(k, n*w)> = <q, turn(k, (n-m)*w)>
 #     key   at n    turned by n*w        absolute angles go in, and only the distance n - m comes out
 #
+# q.k is the sum of these products over the D/2 planes: a score made of D/2 functions of the distance alone.
 # D/2 such planes with D/2 speeds w, like the hands of a clock: the fastest turns 1 radian per token and tells
-# neighbours apart, the slowest (theta = 500,000) needs 2 million tokens for a round and tells chapters apart.
+# neighbours apart, the slowest (theta 500,000, D = 128) needs 2.6 million tokens for a round and tells chapters apart.
 def rope_frequencies(cfg):
     """-> (D/2) float32: radians per token of each plane, theta^(-2i/D), stretched as Llama 3.1 does if rope_factor > 0.
 
     Stretching (Llama 3.1's "llama3" form): the model was trained with 8,192 tokens. A plane that turns often within
     them has seen all its angles, and stays; one whose period is longer has not, and is slowed down by the factor, so
-    that 131,072 tokens show it no new angle; in between the two are mixed.
+    that factor * 8,192 tokens (65,536 for 8, 262,144 for 32) show it no new angle; in between the two are mixed.
     """
     # In float32, whatever the model is. Trap: a buffer. model.to(bfloat16) rounds the speeds to 3 digits, and at token
     # 10,000 a plane is off by whole turns.
@@ -261,6 +265,7 @@ def rope_angles(positions, speed):
     """positions (..., T), speed (D/2) -> cos, sin (..., 1, T, D), to be used for all heads and layers of this pass."""
     # In float32: position 100,000 times a speed near 1 has 17 bits before the point; bfloat16 keeps 8 in all.
     angle = positions[..., None, :, None].float() * speed.to(positions.device)  # (..., 1, T, D/2)
+    # Twice: x[i] and x[i + D/2] are the two numbers of one plane, and turn by one angle.
     angle = torch.cat((angle, angle), -1)                                      # (..., 1, T, D)
     return angle.cos(), angle.sin()
 
@@ -338,8 +343,8 @@ class SwiGLU(nn.Module):
 
     # Q: Why three matrices, and why is F not 4*C?
     # A: One says how far to open, one what to let through, one writes it back: a product of two views of x, which a
-    #    plain layer cannot make. At equal size F is 2/3 of GPT-2's 4*C: 8/3*C (here 3*C, to use up what RoPE and GQA
-    #    saved). silu(x) = x * sigmoid(x): a smooth ReLU, near 0 for x < -5, near x for x > 5.
+    #    plain layer cannot make. At equal size F is 2/3 of GPT-2's 4*C: 8/3*C (here 3*C: GQA has saved C*C
+    #    weights a layer). silu(x) = x * sigmoid(x): a smooth ReLU, near 0 for x < -5, near x for x > 5.
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False)
@@ -383,13 +388,13 @@ class Llama(nn.Module):
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
             layers=nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.n_layer)),
             norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
-        # Untied in the large models, where 525 million of 8 billion hardly matter; tied in the 1B and 3B (see GPT-2).
+        # Untied in the large models, where 525 million of 8 billion hardly matter; tied in the 1B and 3B.
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_weights:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                # The last matrix of each branch is drawn smaller, so that 2L sums do not grow the stream (see GPT-2).
+                # The last matrix of each branch is drawn smaller, so that 2L sums do not grow the stream.
                 shrink = math.sqrt(2 * cfg.n_layer) if name.endswith(("o_proj", "down_proj")) else 1.0
                 nn.init.normal_(module.weight, std=cfg.init_std / shrink)
         self.rope_speed = rope_frequencies(cfg)  # a plain tensor: no weight, not saved, not cast with the model
@@ -416,7 +421,8 @@ class Llama(nn.Module):
         allowed = None  # the two common cases, training and decoding one token, need no mask tensor: the kernel knows
         if keep is not None:
             # A row's first real token has position 0 wherever it stands: count the real ones (see decoder_only.py).
-            # To RoPE it would be the same from 5 on: distances count. But 5 off in bfloat16 rounds differently.
+            # RoPE alone would not need it: pads in front shift all positions alike, and only distances count. But the
+            # cos and sin of shifted positions round differently, and a row would depend on its neighbours' length.
             positions = (keep.cumsum(1) - 1).clamp(min=0)[:, P:]               # (B, T)
             allowed = causal_mask(T, S, ids.device) & keep[:, None, None, :]   # (B, 1, T, S)
         elif P > 0 and T > 1:
@@ -466,7 +472,7 @@ def compute_loss(model, batch, cfg):
     #    the first loss is about 4.67; with GPT-2's 0.02 at width 768 s^2 is 0.3. A first loss far above that says: the
     #    logits start too large.
     # cross_entropy = -ln softmax(logits)[target] = ln(sum of exp(logits)) - logits[target]; ln makes the unit the nat.
-    # Under bfloat16 autocast PyTorch runs this one function in float32: a sum of 50,257 exponentials needs the digits.
+    # Under bfloat16 autocast PyTorch runs this one function in float32: a sum of 128,256 exponentials needs the digits.
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss_sum, (targets != IGNORE).sum(), {}
 
@@ -595,13 +601,13 @@ def draw_numbers(count, seed, validation):
     return numbers
 
 
-# Three tokenizers, one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
+# Tokenizers have one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
 # travels in the checkpoint, since weights without their tokenizer are numbers about unknown symbols.
 #
 # Q: Characters or byte-level BPE?
 # A: Characters: 65 ids, a tiny head, nothing to learn about words in advance; a context of 64 tokens is two lines of
 #    verse. BPE: 50,257 ids, each worth 3.3 characters of Shakespeare, so the same context reaches further and a step
-#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of this model.
+#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of GPT-2 here.
 class CharTokenizer:
     """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
 
@@ -667,6 +673,9 @@ class Llama3Tokenizer:
     def __init__(self, text):
         import tiktoken
         ranks = {base64.b64decode(piece): int(rank) for piece, rank in map(str.split, text.splitlines())}
+        # tiktoken trusts the list: twice the same rank would end the program, a gap would move all special ids.
+        if set(ranks.values()) != set(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("this is no tokenizer.model of Llama 3: ranks are not 0, 1, 2 ..., or a byte is missing")
         names = self.NAMED + [f"reserved_special_token_{i}" for i in range(2, 246)]
         self.special = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}  # 256 of them
         self.encoding = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks,
@@ -1045,8 +1054,8 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     if cfg.resume:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
-        step, extra = load_checkpoint(path, model, optimizer, cfg)
-        history = extra["history"]
+        step, saved = load_checkpoint(path, model, optimizer, cfg)
+        history, extra = saved["history"], saved | (extra or {})  # what the caller goes on filling stays his object
     net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
     if cfg.compile:
         if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
@@ -1242,6 +1251,9 @@ class KVCache:
         # Q: Why may cached keys move, when GPT-2 has to read its context again?
         # A: GPT-2's position is in the key, learned for exactly that place. A rotated key meets a rotated query, and
         #    only the difference of their angles counts: the columns move, the angles stay, distances stay right.
+        #    It is not the same as reading the rest again: above the first layer, keys and values were made while the
+        #    old tokens could still be seen. Trap: published models lean on their first tokens ("attention sinks", Xiao
+        #    et al. 2023, arXiv 2309.17453) and get worse without them; StreamingLLM keeps the first four.
         self.dropped = self.dropped + self.mask[:, :count].sum(1, keepdim=True)  # (B, 1)
         for tensor in (self.keys, self.values):
             tensor[:, :, :, :-count] = tensor[:, :, :, count:].clone()
@@ -1268,14 +1280,54 @@ def prefill(model, ids, mask, max_len):
     ids = ids[:, -model.cfg.block_size:]
     cache = KVCache(model.cfg, len(ids), min(max_len, model.cfg.block_size), like=model.lm_head.weight)
     x = model.hidden(ids, mask, cache)[:, -1]                                  # (B, C)
+    # For decode_step: the weights themselves, looked up once (references, no copies).
+    cache.weights = [tuple(parameter.detach() for parameter in layer.parameters()) for layer in model.model.layers]
     return model.lm_head(x), cache  # V logits for B positions and not for B*T
 
 
+def times(x, weight):
+    """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of decoding."""
+    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split: they
+    # leave most of the memory bandwidth unused. (W x^T)^T is the same product with W in that place. It wants a matrix:
+    # a lone row is doubled, which costs nothing, since reading W is what takes time.
+    rows = len(x)
+    if rows <= 16 and x.device.type == "cpu":
+        columns = torch.cat((x, x)) if rows == 1 else x
+        return (weight @ columns.t())[:, :rows].t().contiguous()               # (R, O)
+    return F.linear(x, weight)                                                 # (R, O)
+
+
+@torch.inference_mode()
 def decode_step(model, token, cache):
     """Append one token (B,) per row. -> (logits (B, V), cache). A full context forgets its older half first."""
-    if cache.length == model.cfg.block_size:
-        cache.drop_oldest((model.cfg.block_size + 1) // 2)
-    return model(token[:, None], cache=cache)[:, -1], cache
+    # What model(token[:, None], cache=cache) computes, written out for one token: a small model spends more time on
+    # calling 80 modules than on its products. A test holds the two together.
+    cfg, P = model.cfg, cache.length
+    if P == cfg.block_size:
+        cache.drop_oldest((cfg.block_size + 1) // 2)
+        P = cache.length
+    positions, allowed = torch.full((1,), P, device=token.device), None        # (1)
+    if cache.padded:  # count the real tokens, see Llama.hidden
+        keep = cache.mask[:, :P + 1]                                           # (B, S)
+        positions, allowed = keep.sum(1, keepdim=True) - 1, keep[:, None, None, :]  # (B, 1), (B, 1, 1, S)
+    rope = rope_angles(positions + cache.dropped, model.rope_speed)            # (..., 1, 1, D) each
+
+    def norm(x, weight):
+        return weight * F.rms_norm(x, x.shape[-1:], eps=cfg.norm_eps)          # (B, C)
+
+    x = model.model.embed_tokens(token)                                        # (B, C)
+    for layer, (norm1, q, k, v, o, norm2, gate, up, down) in enumerate(cache.weights):
+        h = norm(x, norm1)                                                     # (B, C)
+        q, k, v = (times(h, w).view(len(x), -1, 1, cfg.head_size) for w in (q, k, v))  # (B, ..., 1, D)
+        q, k = apply_rope(torch.cat((q, k), 1), *rope).split((cfg.n_head, cfg.n_kv_head), 1)  # both in one go
+        k, v = cache.update(layer, k, v)                                       # (B, K, S, D) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed,
+                                           enable_gqa=cfg.n_kv_head < cfg.n_head)  # (B, H, 1, D)
+        x = x + times(y.flatten(1), o)                                         # (B, C)
+        h = norm(x, norm2)                                                     # (B, C)
+        x = x + times(F.silu(times(h, gate)) * times(h, up), down)             # (B, C)
+    cache.length = P + 1
+    return times(model.model.norm(x), model.lm_head.weight), cache
 
 
 def reorder(cache, rows):
@@ -1433,7 +1485,10 @@ def from_meta(tensors, cfg):
     for name, tensor in tensors.items():
         if name == "rope.freqs":  # old files carry the frequencies
             continue
-        prefix, part = re.fullmatch(r"(?:(layers\.\d+)\.)?(.+)\.weight", name).groups()
+        known = re.fullmatch(r"(?:(layers\.\d+)\.)?(.+)\.weight", name)
+        if not known or known[2] not in META:
+            raise ValueError(f"Llama has no tensor {name}")
+        prefix, part = known.groups()
         name = f"model.{prefix}.{META[part]}.weight" if prefix else f"{META[part]}.weight"
         heads = {"attention.wq": cfg.n_head, "attention.wk": cfg.n_kv_head}.get(part)
         found[name] = half_split(tensor, heads) if heads else tensor
@@ -1480,7 +1535,7 @@ def config_to_hf(cfg):
             # Trap: leaving these out. transformers then fills in 1 and 2, which are letters in a model of characters.
             "bos_token_id": 128000 if cfg.vocab_size == 128256 else None,
             "eos_token_id": [128001, 128008, 128009] if cfg.vocab_size == 128256 else None,
-            "initializer_range": cfg.init_std, "tie_word_embeddings": cfg.tie_weights, "dtype": "float32"}
+            "initializer_range": cfg.init_std, "tie_word_embeddings": cfg.tie_weights}
 
 
 def import_weights(model, tensors):
@@ -1514,7 +1569,7 @@ def hub_folder(repo):
 
     Gated repositories need the licence accepted on their page and a token of that account in $HF_TOKEN.
     """
-    from urllib.parse import urljoin
+    from urllib.parse import urljoin, urlsplit
 
     import requests
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
@@ -1524,31 +1579,37 @@ def hub_folder(repo):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     target = f"{repo.replace('/', '--')}"
 
+    roots = [Path(root) / target for root in (os.environ.get("LLM_DATA"), "data") if root]
+    root = next((root for root in roots if (root / "config.json").is_file()), roots[-1])  # all files in one place
+
     def get(name):
-        for root in filter(None, (os.environ.get("LLM_DATA"), "data")):
-            if (Path(root) / target / name).is_file():  # fetched before: no network needed
-                return Path(root) / target / name
+        if (root / name).is_file():  # fetched before: no network needed
+            return root / name
         # Large files are stored by content: before the hub redirects to its storage it announces their SHA-256.
         url, announced = f"{base}/{name}", ""
         for _ in range(5):
-            answer = requests.head(url, timeout=(3, 30), headers=headers)
+            door = headers if urlsplit(url).netloc == urlsplit(base).netloc else {}  # the token is for the hub alone
+            answer = requests.head(url, timeout=(3, 30), headers=door)
             if answer.status_code in (401, 403):
-                raise OSError(f"{repo} is gated: accept its licence on its page and set HF_TOKEN to a token of yours")
+                raise OSError(f"{repo} does not exist or is gated: accept its licence on its page and set HF_TOKEN")
             answer.raise_for_status()
             announced = answer.headers.get("x-linked-etag", "").strip('"')
             if announced or not answer.is_redirect:
                 break
             url = urljoin(url, answer.headers["location"])
-        return fetch(f"{target}/{name}", url, announced if len(announced) == 64 else "", headers)
+        return fetch(f"{target}/{name}", url, announced if len(announced) == 64 else "", door)
 
     folder = get("config.json").parent
-    try:  # one file, or an index that names the shards
-        get("model.safetensors")
-    except requests.HTTPError:
-        for name in sorted(set(json.loads(get("model.safetensors.index.json").read_text())["weight_map"].values())):
-            get(name)
-    with contextlib.suppress(requests.HTTPError):  # a repository without Meta's tokenizer is still worth loading
+    with contextlib.suppress(requests.HTTPError):  # small, so before the weights; some repositories lack it
         get("original/tokenizer.model")
+    if not (folder / "model.safetensors.index.json").is_file():
+        with contextlib.suppress(requests.HTTPError):
+            get("model.safetensors")  # one file ...
+            return folder
+    for name in sorted(set(json.loads(get("model.safetensors.index.json").read_text())["weight_map"].values())):
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ValueError(f"{repo}: {name!r} is no name of a file of weights")
+        get(name)  # ... or an index that names the shards
     return folder
 
 
@@ -1590,12 +1651,14 @@ def from_pretrained(path_or_repo):
 def config_from_meta(params, tensors):
     """Meta's params.json (a dict) and tensors -> Config. F and V are read off the weights."""
     scaled = params.get("use_scaled_rope", False)
+    head, table = tensors.get("output.weight"), tensors["tok_embeddings.weight"]  # files store a tied head as well
     return Config(block_size=131072 if scaled else 8192, vocab_size=tensors["tok_embeddings.weight"].size(0),
                   n_layer=params["n_layers"], n_head=params["n_heads"], n_kv_head=params["n_kv_heads"],
                   n_embd=params["dim"], ffn_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
                   # Meta's code stretches by 8 whatever the model; the 1B's and 3B's published config.json say 32.
                   rope_theta=float(params["rope_theta"]), rope_factor=8.0 if scaled else 0.0,
-                  norm_eps=params["norm_eps"], tie_weights="output.weight" not in tensors, init_std=0.02)
+                  norm_eps=params["norm_eps"], init_std=0.02,
+                  tie_weights=head is None or torch.equal(head, table))
 
 
 def save_pretrained(model, cfg, path, tokenizer=None):
@@ -1611,7 +1674,7 @@ def save_pretrained(model, cfg, path, tokenizer=None):
 
 # differs from decoder_only.py: Meta's tokenizer.model, which Hugging Face's repositories keep in original/
 def load_tokenizer(path):
-    """The tokenizer of a folder or repository: tokenizer_spec.json (ours) or tokenizer.model (Meta's)."""
+    """The tokenizer of a folder (tokenizer_spec.json, ours) or of a folder or repository (Meta's tokenizer.model)."""
     folder = Path(path) if Path(path).is_dir() else hub_folder(str(path))
     if (folder / "tokenizer_spec.json").is_file():
         return make_tokenizer(json.loads((folder / "tokenizer_spec.json").read_text()))
@@ -1630,9 +1693,9 @@ def load_tokenizer(path):
 def memory_gb(cfg, parameters):
     """{what: GB} that one process needs to train in float32, before any of it is allocated."""
     tokens, D = cfg.batch_size // ranks()[1] * cfg.block_size, cfg.head_size or cfg.n_embd // cfg.n_head
-    # Kept for the backward pass, per token and layer: inputs and outputs of the two norms, q before and behind the
-    # rotation and what attention returns, k and v, and the four sides of the gate; three rows of V around the loss.
-    kept = 4 * cfg.n_embd + 3 * cfg.n_head * D + 3 * cfg.n_kv_head * D + 4 * cfg.ffn_size
+    # Kept for the backward pass, per token and layer: input, normed and weighted output of the two norms, the turned q
+    # and what attention returns, the turned k, v, and the four sides of the gate; three rows of V around the loss.
+    kept = 6 * cfg.n_embd + 2 * cfg.n_head * D + 2 * cfg.n_kv_head * D + 4 * cfg.ffn_size
     kept = cfg.n_layer * kept + 3 * cfg.vocab_size
     return {"weights": 4e-9 * parameters, "gradients": 4e-9 * parameters, "optimizer": 8e-9 * parameters,
             "activations": 4e-9 * tokens * kept}
@@ -1732,6 +1795,7 @@ def check_prompt(tokenizer, prompt):
 
 
 # differs from decoder_only.py: published Llamas have never seen a text without <|begin_of_text|> in front
+# (one that is trained here on --tokenizer tokenizer.model has never seen it: make_data puts none before its rows)
 def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=None):
     """Continue `prompt` as cfg says (beams, or temperature / top-k / top-p). -> the new text."""
     ids = tokenizer.encode(prompt)
@@ -1757,7 +1821,7 @@ def load_any(cfg):
 
     The shape of the model comes from what is loaded, everything else from the command line.
     """
-    # shape: what the weights are made of; another value could not hold them. free: everything else, yours to choose.
+    # shape: what the weights were made with; another value does not fit them, or means something else. free: the rest.
     shape = set("block_size n_layer n_head n_kv_head n_embd head_size ffn_size vocab_size tie_weights rope_theta "
                 "rope_factor rope_original norm_eps tokenizer init_std".split())
     free = {field.name for field in dataclasses.fields(cfg)} - shape
@@ -1771,9 +1835,13 @@ def load_any(cfg):
         return model.eval(), cfg, make_tokenizer(state["extra"]["tokenizer"])
     try:
         model, theirs = from_pretrained(cfg.load)
-    except (OSError, ValueError, KeyError) as problem:
-        sys.exit(f"error: --load {cfg.load}: no run, no checkpoint and no Llama folder or repository ({problem})")
-    tokenizer = load_tokenizer(cfg.load)
+        tokenizer = load_tokenizer(cfg.load)
+    except Exception as problem:  # json, zip, pickle, safetensors, requests: a foreign file has many ways to be wrong
+        sys.exit(f"error: --load {cfg.load}: no run, no checkpoint and no Llama folder or repository "
+                 f"({' '.join(str(problem).split())[:200]})")
+    if "block_size" in getattr(cfg, "given", ()):  # RoPE has no table of positions: a shorter context always fits
+        theirs.block_size = min(theirs.block_size, cfg.block_size)
+    # Fewer tokens than rows is usual (padded tables); more would index behind the end.
     if tokenizer.n_vocab > theirs.vocab_size:
         sys.exit(f"error: --load {cfg.load}: {theirs.vocab_size} tokens in the weights, {tokenizer.n_vocab} in the "
                  f"{tokenizer.spec['kind']} tokenizer; they do not belong together")
@@ -1789,6 +1857,7 @@ def chat(model, tokenizer, cfg):
         sys.exit("error: --chat needs an Instruct model with Meta's tokenizer; this one knows no roles")
     # 3.1 and later were trained with a dated system message, 3 without: the stretched RoPE tells them apart.
     messages, date = [], time.strftime("%d %b %Y") if cfg.rope_factor else ""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     print("You speak first; an empty line ends the conversation.")
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         while line := input("> ").strip():
@@ -1796,7 +1865,7 @@ def chat(model, tokenizer, cfg):
             ids = torch.tensor([tokenizer.chat_ids(messages, date)], device=next(model.parameters()).device)  # (1, T)
             out = generate(model, ids, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
                            top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_ids=tokenizer.eos_ids,
-                           on_token=stream(tokenizer))                         # (1, N)
+                           generator=generator, on_token=stream(tokenizer))    # (1, N)
             answer = tokenizer.decode([i for i in out[0].tolist() if i not in tokenizer.eos_ids])
             messages.append({"role": "assistant", "content": answer})
             print()
@@ -1817,14 +1886,15 @@ def main(cfg):
         cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
     elif cfg.load:
         model, cfg, tokenizer = load_any(cfg)
-    # Talking needs no data and leaves no files.
+    # Talking needs no data and leaves no files. "auto" keeps the dtype of the file.
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(cfg.dtype)
     if cfg.chat:
-        if not cfg.load:
-            sys.exit("error: --chat needs --load: an Instruct model to talk to")
-        chat(model.to(device), tokenizer, cfg)
+        if not cfg.load or cfg.resume or cfg.beams > 1 or cfg.prompt:
+            sys.exit("error: --chat needs --load (an Instruct model) and goes without --resume, --beams and --prompt")
+        chat(model.to(device, dtype), tokenizer, cfg)
         return model, cfg
     if cfg.load and cfg.prompt and not cfg.resume:
-        model.to(device)
+        model.to(device, dtype)
         check_prompt(tokenizer, cfg.prompt)
         print(cfg.prompt, end="", flush=True)
         text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, stream(tokenizer))

@@ -120,7 +120,7 @@ def balance_picture(runs):
         looks = runs[what][0]["load_cv"]
         ax.plot(*zip(*looks, strict=True), "o-", ms=3, label=f"{label}: val loss {runs[what][0]['val_loss']:.3f}")
     ax.axhline(0.2, ls="--", lw=0.8, color="tab:red")
-    ax.set(xlabel="step", ylabel="standard deviation / mean of the loads, mean over layers", ylim=(0, None),
+    ax.set(xlabel="step", ylabel="standard deviation / mean of the loads", ylim=(0, None),
            title="qwen3_moe.py: who balances the experts?")
     ax.legend()
     fig.tight_layout()
@@ -198,7 +198,8 @@ def expectation(script, runs):
                 f"validation loss {spread(text, lambda r: r['val_loss'])} nats per character after "
                 f"{text[0]['config']['max_steps']:,} steps on Tiny Shakespeare; the dense model of the same work per "
                 f"token {spread(runs['dense'], lambda r: r['val_loss'])}. The experts' loads vary by "
-                f"{cv('shakespeare')} of their mean, with --balance bias {cv('bias')}, none {cv('none')}")
+                f"{spread(text, lambda r: r['results']['expert_load_cv'], '{:.2f}')} of their mean, with --balance "
+                f"bias {cv('bias')}, with none {cv('none')}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -284,6 +285,16 @@ def peers():
                  f"{one['times_faster_than_transformers']:.1f} times as fast |" for one in got["beam_search"]]
         rows += [f"| encoder-decoder training step, 32 x (32 -> 32) | `transformers` T5 | "
                  f"{got['training_step']['time_ratio_ours_to_transformers']:.2f} of its time |"]
+    if (path := RESULTS / "peers_llama3.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]["decoding"]
+        rows += [f"| cached greedy generation, Llama of {one['parameters'] / 1e6:.0f} M parameters, "
+                 f"{one['rows']} row{'s' if one['rows'] > 1 else ''}, same tokens | `transformers` `generate` | "
+                 f"{one['times_faster_than_transformers']:.1f} times as fast |" for one in got]
+    if (path := RESULTS / "peers_qwen3_moe.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]["step"]
+        rows += [f"| forward + backward, 64 experts, 8 per token, {one['tokens']:,} tokens | `transformers`, eager and "
+                 f"grouped | {one['time_ratio_to_eager']:.2f} and {one['time_ratio_to_grouped']:.2f} of its time |"
+                 for one in got]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]

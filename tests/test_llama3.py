@@ -103,6 +103,28 @@ def test_cached_equals_uncached(m, changes):
     assert torch.equal(out, text[:, 11:])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_step_equals_the_modules(m, rows, padded):
+    """decode_step is Llama.forward for one token, written out: few rows, many rows, with and without padding."""
+    model = m.build_model(config(m)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    ids, mask = torch.randint(97, (rows, 9)), torch.ones(rows, 9, dtype=torch.bool)
+    if padded:
+        mask[0, :4] = False
+    _, cache = m.prefill(model, ids, mask, 12)
+    other = m.reorder(cache, torch.arange(rows))
+    token = torch.randint(97, (rows,))
+    logits, cache = m.decode_step(model, token, cache)
+    with torch.no_grad():
+        expected = model(token[:, None], cache=other)[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.keys, other.keys, atol=1e-5, rtol=1e-5)
+    assert cache.length == other.length == 10
+
+
 def test_chunked_prefill_with_padding(m):
     model = m.build_model(config(m)).eval()
     ids, mask = torch.randint(97, (3, 20)), torch.ones(3, 20, dtype=torch.bool)
@@ -265,7 +287,8 @@ def to_meta(m, model):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_meta_layout(m, tmp_path, scaled):
-    extra = dict(rope_factor=8.0, rope_theta=500_000.0) if scaled else {}
+    # Meta's files of tied models hold the head all the same: it is recognised by its numbers.
+    extra = dict(rope_factor=8.0, rope_theta=500_000.0, tie_weights=True) if scaled else {}
     model = m.build_model(config(m, head_size=8, **extra)).eval()
     tensors = to_meta(m, model) | {"rope.freqs": torch.ones(4)}
     torch.save(tensors, tmp_path / "consolidated.00.pth")
@@ -273,6 +296,7 @@ def test_meta_layout(m, tmp_path, scaled):
         dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, multiple_of=1, norm_eps=1e-5,
         rope_theta=model.cfg.rope_theta, use_scaled_rope=scaled)))
     loaded, cfg = m.from_pretrained(tmp_path)
+    assert cfg.tie_weights == scaled == (loaded.lm_head.weight is loaded.model.embed_tokens.weight)
     assert cfg.ffn_size == 70 and cfg.block_size == (131072 if scaled else 8192)
     ids = torch.randint(97, (2, 30))
     with torch.no_grad():
@@ -332,6 +356,40 @@ def test_older_config_files(m):
     assert (cfg.rope_theta, cfg.rope_factor, cfg.rope_original) == (500_000.0, 8.0, 8192)
 
 
+def test_a_repository_of_shards_is_fetched_once(m, monkeypatch, tmp_path):
+    """A small hub: two shards behind an index, Meta's tokenizer; then the same again without any network."""
+    import requests
+    model = m.build_model(config(m))
+    reference(m, model, tmp_path / "one").save_pretrained(tmp_path / "hub", max_shard_size="60KB")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLM_DATA", raising=False)
+    asked = []
+
+    def answer(url, **kw):
+        name = url.split("/resolve/main/")[1]
+        asked.append((name, kw.get("headers", {}).get("Authorization")))
+        found = requests.Response()
+        path = tmp_path / "hub" / name
+        found.status_code = 200 if path.is_file() else 404
+        found.raw = open(path, "rb") if path.is_file() else None
+        found.url = url
+        return found
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(requests, "head", answer)
+    monkeypatch.setattr(requests, "get", lambda url, **kw: answer(url, **kw))
+    loaded, _ = m.from_pretrained("someone/llama")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(token == "Bearer hf_secret" for _, token in asked)
+    asked.clear()
+    again, _ = m.from_pretrained("someone/llama")
+    # Only what the repository does not have is asked for again.
+    assert {name for name, _ in asked} <= {"original/tokenizer.model"}
+    index = tmp_path / "data" / "someone--llama" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../evil.safetensors"}}))
+    with pytest.raises(ValueError, match="evil"):
+        m.from_pretrained("someone/llama")
+
+
 def test_gated_repository_is_explained(m, monkeypatch, tmp_path):
     import requests
     answer = requests.Response()
@@ -377,6 +435,16 @@ CHATS = [[("user", "hello world")],
          [("user", "<|eot_id|> typed"), ("assistant", ""), ("user", "x")]]
 
 
+@pytest.mark.parametrize("damage", [
+    lambda lines: [*lines, "aGVsbG9oZWxsbw== 5"], lambda lines: lines[1:], lambda lines: [*lines[:-2], lines[-1]],
+    lambda lines: ["hello world"]], ids=["twice", "no byte 0", "a gap", "no list"])
+def test_a_wrong_tokenizer_file_is_one_line(m, model_file, tmp_path, damage):
+    path = tmp_path / "tokenizer.model"
+    path.write_text("\n".join(damage(model_file.read_text().splitlines())) + "\n")
+    with pytest.raises(SystemExit, match="error: "):
+        m.make_tokenizer({"kind": str(path)})
+
+
 @pytest.mark.parametrize("chat", CHATS, ids=range(3))
 @pytest.mark.parametrize("date, template", [("", LLAMA_3), ("26 Jul 2024", LLAMA_31)], ids=["3", "3.1"])
 def test_chat_ids_render_the_published_template(m, model_file, chat, date, template):
@@ -416,13 +484,31 @@ def test_chat_in_the_terminal(m, model_file, tmp_path):
                           input="hello\nworld\n", capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 3
-    for args, word in ((["--chat"], "--load"), (["--load", "nowhere", "--chat"], "nowhere")):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("[1, 2")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "params.json").write_text("{}")
+    (tmp_path / "meta" / "consolidated.00.pth").write_bytes(b"half a file")
+    for args, word in ((["--chat"], "--load"), (["--load", "nowhere", "--chat"], "nowhere"),
+                       (["--load", str(tmp_path), "--chat", "--beams", "2"], "--beams"),
+                       (["--load", str(tmp_path), "--chat", "--resume"], "ckpt.pt"),
+                       (["--load", str(tmp_path / "broken"), "--prompt", "a"], "broken"),
+                       (["--load", str(tmp_path / "meta"), "--prompt", "a"], "meta")):
         done = subprocess.run([sys.executable, m.__file__, *args], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ config and runs
+
+
+def test_a_shorter_context_fits_published_weights(m, tmp_path):
+    model = m.build_model(config(m, vocab_size=len(m.TOY_VOCAB)))
+    m.save_pretrained(model, model.cfg, tmp_path, m.ToyTokenizer())
+    cfg = m.parse_config(m.Config, m.PRESETS, ["--load", str(tmp_path), "--block-size", "16"])
+    assert m.load_any(cfg)[0].cfg.block_size == 16
+    cfg = m.parse_config(m.Config, m.PRESETS, ["--load", str(tmp_path)])
+    assert m.load_any(cfg)[0].cfg.block_size == 64
 
 
 @pytest.mark.parametrize("changes", [

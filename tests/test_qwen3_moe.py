@@ -283,6 +283,7 @@ def test_layers_that_stay_dense(m):
     (lambda t: t.pop("model.layers.1.mlp.experts.2.up_proj.weight"), "no tensor model.layers.1.mlp.experts.2.up_proj"),
     (lambda t: t.pop("model.layers.1.self_attn.q_norm.weight"), "no tensor model.layers.1.self_attn.q_norm"),
     (lambda t: t.update(extra=torch.ones(1)), "no tensor extra"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(3)}), "q_norm.weight has the shape"),
     (lambda t: t.update({"model.layers.0.mlp.experts.9.up_proj.weight": torch.ones(16, 48)}), "more experts"),
     (lambda t: t.update({"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"].T.contiguous()}),
      "transposed")])
@@ -404,6 +405,13 @@ CHATS = [[("user", "the fox")], [("system", "be short"), ("user", " a "), ("assi
          [("user", "x"), ("assistant", "<think>\nhm\n</think>\n\nthe answer"), ("user", "and?")]]
 
 
+def test_a_thought_that_was_cut_off_is_left_out(m, tokenizer_files):
+    tokenizer = m.make_tokenizer({"kind": str(tokenizer_files[0])})
+    messages = [dict(role="user", content="x"), dict(role="assistant", content="<think>\nwell, "),
+                dict(role="user", content="y")]
+    assert "well" not in tokenizer.decode(tokenizer.chat_ids(messages))
+
+
 @pytest.mark.parametrize("chat", CHATS, ids=range(3))
 @pytest.mark.parametrize("thinking", [True, False])
 def test_chat_ids_render_the_published_template(m, tokenizer_files, chat, thinking):
@@ -432,7 +440,8 @@ def test_chat_in_the_terminal(m, tokenizer_files, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     dict(experts_per_token=6), dict(n_embd=44), dict(expert_size=12), dict(balance="luck"), dict(mlp_only_layers="a"),
-    dict(aux_coef=-1.0), dict(head_size=7), dict(n_kv_head=4), dict(tokenizer="nowhere")])
+    dict(aux_coef=-1.0), dict(head_size=7), dict(n_kv_head=4), dict(tokenizer=""), dict(mlp_only_layers="0,4"),
+    dict(mlp_only_layers="00")])
 def test_impossible_values(m, changes):
     with pytest.raises(ValueError):
         config(m, **changes)
@@ -465,6 +474,46 @@ def test_resume_is_bit_for_bit(m, tmp_path, balance):
     assert summaries[0]["expert_load"] == summaries[1]["expert_load"]
     assert {"exact_match", "expert_load_cv", "aux_loss"} == set(summaries[0]["results"])
     assert (tmp_path / "cut" / "expert_load.png").stat().st_size > 10_000
+
+
+def test_looks_survive_two_resumes(m, tmp_path):
+    small = {**m.PRESETS["numbers"], "batch_size": 4, "eval_every": 1000, "save_every": 100, "device": "cpu",
+             "out": str(tmp_path), "max_steps": 300}
+
+    class Stop(Exception):
+        pass
+    saved = m.save_checkpoint
+
+    def stop(*args):
+        saved(*args)
+        raise Stop
+    for resume in (False, True, True):
+        m.save_checkpoint = stop if step_of(tmp_path, m) < 200 else saved
+        try:
+            m.main(m.Config(**small, resume=resume))
+        except Stop:
+            pass
+        finally:
+            m.save_checkpoint = saved
+    looks = json.loads((tmp_path / "summary.json").read_text())["load_cv"]
+    assert [step for step, _ in looks] == [100, 200, 300]
+
+
+def step_of(folder, m):
+    """The step of the checkpoint in a folder; 0 where there is none."""
+    return m.read_checkpoint(folder / "ckpt.pt")["step"] if (folder / "ckpt.pt").is_file() else 0
+
+
+def test_biases_stay_with_their_run(m, tmp_path):
+    small = {**m.PRESETS["numbers"], "batch_size": 4, "max_steps": 2, "device": "cpu"}
+    for balance in ("bias", "aux"):
+        m.main(m.Config(**small, balance=balance, out=str(tmp_path / balance)))
+    model, cfg, _ = m.load_any(m.parse_config(m.Config, m.PRESETS, ["--load", str(tmp_path / "bias")]))
+    assert cfg.balance == "bias" and model.mixtures()[0].gate.bias_of_choice.abs().sum() > 0
+    with pytest.raises(ValueError, match="no published form"):
+        m.save_pretrained(model, cfg, tmp_path / "out")
+    with pytest.raises(SystemExit, match="balance"):
+        m.load_any(m.parse_config(m.Config, m.PRESETS, ["--load", str(tmp_path / "aux"), "--balance", "bias"]))
 
 
 def test_numbers_are_learned_also_dense(m, tmp_path):
