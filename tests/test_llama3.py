@@ -125,14 +125,17 @@ def test_one_step_equals_the_modules(m, rows, padded):
     assert cache.length == other.length == 10
 
 
-def test_chunked_prefill_with_padding(m):
+@pytest.mark.parametrize("padded", [True, False])
+def test_chunked_prefill(m, padded):
     model = m.build_model(config(m)).eval()
     ids, mask = torch.randint(97, (3, 20)), torch.ones(3, 20, dtype=torch.bool)
-    mask[0, :5], mask[1, :13] = False, False
+    if padded:
+        mask[0, :5], mask[1, :13] = False, False
     cache = m.KVCache(model.cfg, 3, 20, model.lm_head.weight)
     with torch.no_grad():
         whole = model(ids, mask)
-        pieces = torch.cat([model(ids[:, a:b], mask[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 20))], 1)
+        pieces = torch.cat([model(ids[:, a:b], mask[:, a:b] if padded else None, cache)
+                            for a, b in ((0, 4), (4, 5), (5, 20))], 1)
     torch.testing.assert_close(pieces[mask], whole[mask], atol=1e-5, rtol=0)
     assert pieces.isfinite().all()
 
@@ -146,8 +149,12 @@ def test_prompts_of_different_length_in_one_batch(m, side):
         at = slice(11 - len(prompt), 11) if side == "left" else slice(0, len(prompt))
         ids[row, at], mask[row, at] = prompt, True
     together = m.generate(model, ids, 20, mask=mask)
+    beams, scores = m.beam_search(model, ids, 12, mask=mask, num_beams=3)
     for row, prompt in enumerate(prompts):
         assert torch.equal(together[row], m.generate(model, prompt[None], 20)[0])
+        alone, score = m.beam_search(model, prompt[None], 12, num_beams=3)
+        assert torch.equal(beams[row], alone[0])
+        torch.testing.assert_close(scores[row], score[0], atol=1e-4, rtol=0)
 
 
 def test_a_full_context_forgets_its_older_half(m):
