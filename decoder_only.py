@@ -19,7 +19,7 @@ Words    token: an id (whole number) for a character or a piece of a word   wte,
 Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H heads   D head size = C/H   V vocabulary
          L layers   N new tokens   K beams   M candidates   R rows
 New here everything: this is the parent of the family. Later models are read as a difference from this one.
-Not here RoPE, RMSNorm, grouped queries, cache tricks, alignment: each is to be a script of its own
+Not here RoPE, RMSNorm, grouped queries (llama3.py), mixtures of experts (qwen3_moe.py), cache tricks, alignment
 Expect   validation loss 1.698 (1.689 to 1.708, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare, 1.24
          on the Python docs. --preset numbers: 100.0% (99.9% to 100.0%, 3 seeds) of unseen numbers exactly right in 14 s
          (results/decoder_only.json)

@@ -18,7 +18,7 @@ Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H qu
          beam_search)   D head_size   F ffn_size   E experts   k experts per token   I expert_size   V vocabulary
          L layers   N = B*T tokens in a mixture, new tokens in generate   M candidates   R rows
 New here QK-norm, router, load balancing by a loss or by a bias, grouped dispatch, expert loads, chat with and without
-         thinking. The rest is llama3.py's: diff llama3.py qwen3_moe.py
+         thinking. The rest is llama3.py's (but its decode step is written out): diff llama3.py qwen3_moe.py
 Not here shared experts, expert parallelism, capacity limits, stretched RoPE (llama3.py), quantised weights
 Expect   validation loss 1.654 (1.642 to 1.664, 3 seeds) nats per character after 1,500 steps on Tiny Shakespeare; the
          dense model of the same work per token 1.663 (1.651 to 1.677, 3 seeds). The experts' loads vary by 0.16 (0.15
@@ -1396,7 +1396,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, for all layers, in buffers that are allocated once.
 
     keys, values (L, B, K, max_len, D); mask (B, max_len) bool, True = real token; length = P, the columns in use;
-    dropped (B, 1): real tokens that were in column 0 once and have left.
+    dropped: how many real tokens of each row have left, (B, 1); 0 before the first has.
     """
 
     # Q: What does the KV cache save, and what does it cost?

@@ -186,7 +186,7 @@ def expectation(script, runs):
         return (f"{minutes(max(one['seconds'] for one in text))} on two CPU cores",
                 f"validation loss {spread(text, lambda r: r['val_loss'])} nats per character after "
                 f"{text[0]['config']['max_steps']:,} steps on Tiny Shakespeare. After one search over learning rates "
-                f"for both: "
+                f"for both (one seed): "
                 f"{search['llama3']['best']:.3f} here, {search['decoder_only']['best']:.3f} in decoder_only.py "
                 f"(results/lr_search.json). --preset numbers: "
                 f"{spread(runs['numbers'], lambda r: r['results']['exact_match'], '{:.1%}')} of unseen numbers exactly "
@@ -199,7 +199,7 @@ def expectation(script, runs):
                 f"{text[0]['config']['max_steps']:,} steps on Tiny Shakespeare; the dense model of the same work per "
                 f"token {spread(runs['dense'], lambda r: r['val_loss'])}. The experts' loads vary by "
                 f"{spread(text, lambda r: r['results']['expert_load_cv'], '{:.2f}')} of their mean, with --balance "
-                f"bias {cv('bias')}, with none {cv('none')}")
+                f"bias {cv('bias')}, none {cv('none')} (one seed each)")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
