@@ -21,8 +21,9 @@ New here RMSNorm, RoPE (with Llama 3.1's stretching), GQA, SwiGLU, a cache that 
          llama3.py
 Not here mixture of experts and QK-norm (qwen3_moe.py), quantised weights, paged caches, fine-tuning
 Expect   validation loss 1.639 (1.631 to 1.648, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare. After
-         one search over learning rates for both: 1.637 here, 1.691 in decoder_only.py (results/lr_search.json).
-         --preset numbers: 99.9% (3 of 3 seeds) of unseen numbers exactly right in 19 s (results/llama3.json)
+         one search over learning rates for both (one seed): 1.637 here, 1.691 in decoder_only.py
+         (results/lr_search.json). --preset numbers: 99.9% (3 of 3 seeds) of unseen numbers exactly right in 19 s
+         (results/llama3.json)
 Asked    What does RMSNorm leave out?   Half-split or interleaved?   Why fewer keys and values, but not fewer queries?
          Why three matrices?   Why may cached keys move?   How much memory does loading an 8B model take?  (grep "# Q:")
 """

@@ -22,7 +22,7 @@ New here QK-norm, router, load balancing by a loss or by a bias, grouped dispatc
 Not here shared experts, expert parallelism, capacity limits, stretched RoPE (llama3.py), quantised weights
 Expect   validation loss 1.654 (1.642 to 1.664, 3 seeds) nats per character after 1,500 steps on Tiny Shakespeare; the
          dense model of the same work per token 1.663 (1.651 to 1.677, 3 seeds). The experts' loads vary by 0.16 (0.15
-         to 0.17, 3 seeds) of their mean, with --balance bias 0.05, with none 1.00 (results/qwen3_moe.json)
+         to 0.17, 3 seeds) of their mean, with --balance bias 0.05, none 1.00 (one seed each) (results/qwen3_moe.json)
 Asked    What is QK-norm for?   Why do experts need balancing?   Why normalise the k weights?   What does a mixture
          save, and what not?   Why may cached keys move?   Why is the balancing loss k at equal load?     (grep "# Q:")
 """
