@@ -1533,9 +1533,9 @@ def matrices(block):
 
 def times(x, weight):
     """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of decoding."""
-    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split: they
-    # leave most of the memory bandwidth unused. (W x^T)^T is the same product with W in that place. It wants a matrix:
-    # a lone row is doubled, which costs nothing, since reading W is what takes time.
+    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split.
+    # (W x^T)^T is the same product with W in that place. It wants a matrix: a lone row is doubled, which costs little,
+    # since reading W is what takes time.
     rows = len(x)
     if rows <= 16 and x.device.type == "cpu":
         columns = torch.cat((x, x)) if rows == 1 else x
@@ -1559,8 +1559,8 @@ def prefill(model, ids, mask, max_len):
 @torch.inference_mode()
 def decode_step(model, token, state):
     """Append one token (rows,) per row. -> (logits (rows, V), state). The blocks of T5.decode for one token each."""
-    # Why written out again: a step on 4 rows of a 10M model (4 + 4 layers) is 25 million products, and calling 60
-    # modules one by one costs as much time as those. Here is what they compute, nothing else, held to it by a test.
+    # Why written out again: a step on 4 rows of a 10M model (4 + 4 layers) is 25 million products, so little that
+    # calling 60 modules one by one weighs beside it. Here is what they compute, nothing else, held to it by a test.
     cfg, P, rows = model.cfg, state.length, len(token)
 
     def norm(x, weight):

@@ -1289,9 +1289,9 @@ def prefill(model, ids, mask, max_len):
 
 def times(x, weight):
     """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of decoding."""
-    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split: they
-    # leave most of the memory bandwidth unused. (W x^T)^T is the same product with W in that place. It wants a matrix:
-    # a lone row is doubled, which costs nothing, since reading W is what takes time.
+    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split.
+    # (W x^T)^T is the same product with W in that place. It wants a matrix: a lone row is doubled, which costs little,
+    # since reading W is what takes time.
     rows = len(x)
     if rows <= 16 and x.device.type == "cpu":
         columns = torch.cat((x, x)) if rows == 1 else x
@@ -1303,7 +1303,7 @@ def times(x, weight):
 def decode_step(model, token, cache):
     """Append one token (B,) per row. -> (logits (B, V), cache). A full context forgets its older half first."""
     # What model(token[:, None], cache=cache) computes, written out for one token: 12*L + 4 calls of modules (76 for 6
-    # layers) cost a small model as much time as its products. A test holds the two together.
+    # layers) weigh beside the few products of a small model. A test holds the two together.
     cfg, P = model.cfg, cache.length
     if P == cfg.block_size:
         cache.drop_oldest((cfg.block_size + 1) // 2)
