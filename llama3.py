@@ -332,7 +332,7 @@ class GroupedQueryAttention(nn.Module):
         # Turned before they are cached: a key's position never changes, so it is turned once and not at every step.
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)                      # (B, ..., T, D)
         if cache is not None:
-            k, v = cache.update(layer, k, v)                                   # (B, K, S, D) each
+            k, v = cache.update(layer, k, v)                                   # (B, ..., S, D) each
         # enable_gqa: query head h reads key head h // (H/K): neighbours share. Trap: repeat() instead of
         # repeat_interleave() pairs h with h % K; shapes fit, published weights give nonsense.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,

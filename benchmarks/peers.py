@@ -3,6 +3,7 @@
     python benchmarks/peers.py decoder_only      training step: nanoGPT's loop; generation: nanoGPT, transformers
     python benchmarks/peers.py encoder_only      training step: transformers' BertForMaskedLM, a real vocabulary
     python benchmarks/peers.py encoder_decoder   beam search and training step: transformers' T5
+    python benchmarks/peers.py kv_cache          one token at a time: transformers' generate, memory bandwidth
     python benchmarks/peers.py bpe_tokenizer     training: minbpe's algorithm, Hugging Face tokenizers; encoding speed
 
 Absolute times depend on the machine and on what else runs on it. So the contenders take turns within one process, the
@@ -717,6 +718,84 @@ def llama3(args):
     return results
 
 
+# --- kv_cache --------------------------------------------------------------------------------------------------------
+def kv_cache(args):
+    """One token at a time, 125M shape, one row: the rungs against transformers' generate and the memory bandwidth."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("kv_cache")
+    rounds, new, prompt = args.rounds or 9, 64, 32
+    cfg = m.Config(**m.PRESETS["125m"])
+    ours = m.build_model(cfg).eval()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        m.save_pretrained(ours, ours.cfg, folder)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, cfg.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
+    rungs, kept = ("gqa", "compiled", "int8", "int8-cache"), {}
+    models = {rung: m.on_rung(ours, rung) for rung in rungs}
+
+    def with_ours(rung):
+        def run():
+            # Reading the prompt is not what is compared: decode alone is timed, on both sides.
+            logits, cache = m.prefill(models[rung], ids, None, prompt + new)
+            tokens, began = [logits.argmax(-1)], time.perf_counter()
+            for _ in range(new - 1):
+                logits, cache = m.decode_step(models[rung], tokens[-1], cache)
+                tokens.append(logits.argmax(-1))
+            taken = (time.perf_counter() - began) / (new - 1)
+            kept[rung] = torch.stack(tokens, 1)
+            return taken
+        return run
+
+    def with_transformers():
+        def write(n):
+            began = time.perf_counter()
+            with torch.no_grad():
+                out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                      do_sample=False, pad_token_id=0)
+            return out[:, prompt:], time.perf_counter() - began
+        kept["transformers"], long = write(new)
+        return (long - write(1)[1]) / (new - 1)
+
+    # The bandwidth is that of the faster of two ways to read 400 MB: torch's sum, and a compiled maximum.
+    buffer = torch.randn(100_000_000)
+    fastest = torch.compile(lambda x: x.abs().amax())
+    ways = {"sum": buffer.sum, "compiled amax": lambda: fastest(buffer)}
+
+    def read(way):
+        def run():
+            taken = []
+            for _ in range(7):
+                began = time.perf_counter()
+                ways[way]()
+                taken.append(time.perf_counter() - began)
+            return statistics.median(taken)
+        return run
+
+    seconds = take_turns({**{rung: with_ours(rung) for rung in rungs}, "transformers": with_transformers,
+                          **{way: read(way) for way in ways}}, rounds)
+    reads = [min(pair) for pair in zip(*(seconds[way] for way in ways), strict=True)]
+    size = {rung: m.streamed_bytes(models[rung], prompt + new // 2, 4) for rung in rungs}
+    results = {"transformers": transformers.__version__, "parameters": sum(p.numel() for p in ours.parameters()),
+               "prompt": prompt, "new_tokens": new, "seconds_per_token_per_round": seconds,
+               "read_gb_s": 0.4 / statistics.median(reads), "streamed_bytes": size, "rungs": {}}
+    rows = [("memory is read at", f"{results['read_gb_s']:9.1f} GB/s"),
+            ("transformers", f"{1e3 * statistics.median(seconds['transformers']):9.2f} ms a token")]
+    for rung in rungs:
+        share = statistics.median(size[rung] / taken / (4e8 / read_in)
+                                  for taken, read_in in zip(seconds[rung], reads, strict=True))
+        results["rungs"][rung] = {
+            "times_faster_than_transformers": times_faster(seconds, rung, "transformers"), "bandwidth_fraction": share,
+            "ms_per_token": 1e3 * statistics.median(seconds[rung]),
+            "same_tokens": bool(torch.equal(kept[rung], kept["transformers"]))}
+        one = results["rungs"][rung]
+        rows.append((rung, f"{one['ms_per_token']:9.2f} ms a token, {one['times_faster_than_transformers']:.2f} times as "
+                           f"fast, {share:.0%} of the bandwidth, same tokens: {one['same_tokens']}"))
+    print_table(f"Decoding, {results['parameters'] / 1e6:.0f} M parameters, one row", rows)
+    return results
+
+
 # --- qwen3_moe -------------------------------------------------------------------------------------------------------
 def qwen3_moe(args):
     """Forward + backward of a 2-layer mixture, 64 experts, 8 per token, against transformers' two dispatches."""
@@ -774,7 +853,7 @@ def qwen3_moe(args):
 
 
 PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
-         "llama3": llama3, "qwen3_moe": qwen3_moe, "bpe_tokenizer": bpe_tokenizer}
+         "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):

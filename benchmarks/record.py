@@ -36,6 +36,8 @@ RUNS = {
                   "bias": ("--data shakespeare --balance bias", (1337,)),
                   "none": ("--data shakespeare --balance none", (1337,)),
                   "numbers": ("--preset numbers", (1337,))},
+    "kv_cache": {"numbers": ("", (1337,)), "125m": ("--preset 125m", (1337,)),
+                 "text": ("--preset text --data shakespeare --contexts=", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -200,6 +202,22 @@ def expectation(script, runs):
                 f"token {spread(runs['dense'], lambda r: r['val_loss'])}. The experts' loads vary by "
                 f"{spread(text, lambda r: r['results']['expert_load_cv'], '{:.2f}')} of their mean, with --balance "
                 f"bias {cv('bias')}, none {cv('none')} (one seed each)")
+    if script == "kv_cache":
+        small, large = (runs[what][0]["results"] for what in ("numbers", "125m"))
+        text = runs["text"][0]["results"]["rounding"]
+        first = next(iter(small["ladder"]["gqa"]["tokens_per_second"]))
+
+        def paces(got):
+            return ", ".join(f"{rung} {got['tokens_per_second'][rung]:.0f}" for rung in
+                             ("none", "growing", "gqa", "compiled", "int8"))
+        return ("2 min on two CPU cores",
+                f"tokens per second behind {first} others, {small['weight_bytes'] / 1e6:.0f} MB of weights: "
+                f"{paces(small)}. --preset 125m, {large['weight_bytes'] / 1e6:.0f} MB: {paces(large)}; compiled is "
+                f"{large['bandwidth_fraction']['compiled']:.0%} of the bandwidth of {large['read_bandwidth_gb_s']:.0f} "
+                f"GB/s, gqa {large['bandwidth_fraction']['gqa']:.0%}. --preset text: perplexity "
+                f"{text['gqa']['perplexity']:.4f} exact, {text['int8']['perplexity']:.4f} with int8 weights, "
+                f"{text['int8-cache']['perplexity']:.4f} with an int8 cache too, {text['window']['perplexity']:.3f} with "
+                f"a window of {runs['text'][0]['config']['window']} and {runs['text'][0]['config']['sinks']} sinks")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -295,6 +313,12 @@ def peers():
         rows += [f"| forward + backward, 64 experts, 8 per token, {one['tokens']:,} tokens | `transformers`, eager and "
                  f"grouped | {one['time_ratio_to_eager']:.2f} and {one['time_ratio_to_grouped']:.2f} of its time |"
                  for one in got]
+    if (path := RESULTS / "peers_kv_cache.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows += [f"| one token at a time, Llama of {got['parameters'] / 1e6:.0f} M parameters, rung {rung} | "
+                 f"`transformers` `generate` | {one['times_faster_than_transformers']:.1f} times as fast, "
+                 f"{one['bandwidth_fraction']:.0%} of the read bandwidth"
+                 f"{', same tokens' if one['same_tokens'] else ''} |" for rung, one in got["rungs"].items()]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]

@@ -454,7 +454,7 @@ class Tracer(ast.NodeTransformer):
 
 
 # Functions left out of the tracing of a script, such as triton kernels: their lines cannot run here.
-UNTRACED: dict[str, set[str]] = {}
+UNTRACED: dict[str, set[str]] = {"kv_cache": {"replayed_step"}}
 
 
 def trace_decoder_only(m, tmp_path, fixed):
@@ -622,11 +622,43 @@ def trace_qwen3_moe(m, tmp_path, fixed):
     m.chat(talker, tokenizer, m.dataclasses.replace(talker.cfg, max_new_tokens=3))
 
 
+def trace_kv_cache(m, tmp_path, fixed):
+    import torch
+
+    m.compiled = lambda function: function                      # the tracer does not survive the compiler
+    fixed.update(C=24, H=6, D=10, F=50)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(200)))
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=19, max_steps=3,
+                 eval_every=2, device="cpu", contexts="", window=5, sinks=3)
+    m.main(m.Config(**small, batch_size=5, data=str(text), rope_factor=8.0, out=str(tmp_path / "text")))
+    numbers = str(tmp_path / "numbers")
+    m.main(m.Config(**small, batch_size=97, out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    model = m.build_model(m.Config(**{**small, "block_size": 64, "vocab_size": 83}))
+    fixed["V"] = 83
+    ids, mask = torch.randint(83, (4, 7)), torch.ones(4, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    for rung in m.RUNGS:
+        one = m.on_rung(model, rung)
+        m.generate(one, ids, 4, mask=mask)
+        m.generate(one, ids[:1], 4, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+        m.beam_search(one, ids[:3], 3, mask=mask[:3], num_beams=4, n_best=2, eos_ids=(1,))
+        if rung not in ("none", "growing"):
+            m.serve(one, ids.tolist(), 3, slots=4)
+    with torch.no_grad():
+        model(ids, mask)
+    m.times(torch.randn(17, 24), torch.randn(31, 24))
+    m.climb(model, [23], prompt=11, new=2, rounds=1)
+    m.save_pretrained(model, model.cfg, tmp_path / "saved")
+    m.from_pretrained(tmp_path / "saved")
+
+
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
              "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
-             "toy_dataset": trace_toy_dataset}
+             "kv_cache": trace_kv_cache, "toy_dataset": trace_toy_dataset}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -644,6 +676,7 @@ ALONE = {
     "llama3": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 2 --n-embd 32 --n-head 2", TRAINED),
     "qwen3_moe": ("--max-steps 30 --eval-every 30 --data pydocs --n-layer 1 --n-embd 32 --n-head 2",
                   [*TRAINED, "expert_load.png"]),
+    "kv_cache": ("--max-steps 30 --eval-every 15 --n-layer 1 --n-embd 32 --n-head 2 --rung gqa --contexts=", TRAINED),
 }
 
 

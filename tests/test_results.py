@@ -23,7 +23,7 @@ def test_readme_quotes_the_results(record):
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
-                                    "bpe_tokenizer", "toy_dataset"])
+                                    "kv_cache", "bpe_tokenizer", "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -48,7 +48,7 @@ def test_results_name_machine_and_seeds(record):
     ("decoder_only", "shakespeare", "laptop"), ("decoder_only", "numbers", "numbers"),
     ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
     ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
-    ("qwen3_moe", "shakespeare", "laptop")])
+    ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
@@ -94,7 +94,20 @@ def test_bounds(record):
     assert set(search["llama3"]["val_loss"]) == set(search["decoder_only"]["val_loss"])
     runs = record.results("qwen3_moe")
     assert all(run["results"]["expert_load_cv"] < 0.2 for run in runs["shakespeare"])
+    runs = record.results("qwen3_moe")
     assert runs["none"][0]["results"]["expert_load_cv"] > 2 * runs["shakespeare"][0]["results"]["expert_load_cv"]
+    runs = record.results("kv_cache")
+    assert set(runs["numbers"][0]["results"]["exact_match"].values()) == {1.0}
+    for what in ("numbers", "125m"):
+        ladder = runs[what][0]["results"]["ladder"]
+        assert all(ladder[rung]["same_tokens"] for rung in ("none", "growing", "static", "gqa", "compiled"))
+    rounding = runs["text"][0]["results"]["rounding"]
+    exact = rounding["gqa"]["perplexity"]
+    assert rounding["int8"]["logit_error"] < 0.02 and rounding["int8-cache"]["logit_error"] < 0.02
+    assert abs(rounding["int8-cache"]["perplexity"] / exact - 1) < 0.005
+    rungs = json.loads((ROOT / "results" / "peers_kv_cache.json").read_text())["results"]["rungs"]
+    assert rungs["compiled"]["times_faster_than_transformers"] >= 2.3
+    assert rungs["compiled"]["bandwidth_fraction"] >= 0.7 and rungs["compiled"]["same_tokens"]
 
 
 def test_pictures_and_links_exist():
