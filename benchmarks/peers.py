@@ -790,8 +790,8 @@ def kv_cache(args):
             "ms_per_token": 1e3 * statistics.median(seconds[rung]),
             "same_tokens": bool(torch.equal(kept[rung], kept["transformers"]))}
         one = results["rungs"][rung]
-        rows.append((rung, f"{one['ms_per_token']:9.2f} ms a token, {one['times_faster_than_transformers']:.2f} times as "
-                           f"fast, {share:.0%} of the bandwidth, same tokens: {one['same_tokens']}"))
+        rows.append((rung, f"{one['ms_per_token']:9.2f} ms a token, {one['times_faster_than_transformers']:.2f} times "
+                           f"as fast, {share:.0%} of the bandwidth, same tokens: {one['same_tokens']}"))
     print_table(f"Decoding, {results['parameters'] / 1e6:.0f} M parameters, one row", rows)
     return results
 

@@ -204,7 +204,7 @@ def expectation(script, runs):
                 f"bias {cv('bias')}, none {cv('none')} (one seed each)")
     if script == "kv_cache":
         small, large = (runs[what][0]["results"] for what in ("numbers", "125m"))
-        text = runs["text"][0]["results"]["rounding"]
+        text, window = runs["text"][0]["results"]["rounding"], runs["text"][0]["config"]
         first = next(iter(small["ladder"]["gqa"]["tokens_per_second"]))
 
         def paces(got):
@@ -216,8 +216,8 @@ def expectation(script, runs):
                 f"{large['bandwidth_fraction']['compiled']:.0%} of the bandwidth of {large['read_bandwidth_gb_s']:.0f} "
                 f"GB/s, gqa {large['bandwidth_fraction']['gqa']:.0%}. --preset text: perplexity "
                 f"{text['gqa']['perplexity']:.4f} exact, {text['int8']['perplexity']:.4f} with int8 weights, "
-                f"{text['int8-cache']['perplexity']:.4f} with an int8 cache too, {text['window']['perplexity']:.3f} with "
-                f"a window of {runs['text'][0]['config']['window']} and {runs['text'][0]['config']['sinks']} sinks")
+                f"{text['int8-cache']['perplexity']:.4f} with an int8 cache too, "
+                f"{text['window']['perplexity']:.3f} with a window of {window['window']} and {window['sinks']} sinks")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)

@@ -321,6 +321,22 @@ def test_product_in_all_its_forms(m):
         assert (m.product(ones, torch.ones(3, 4096, dtype=torch.bfloat16)) == 4096).all()
 
 
+def test_int8_rounds_once_in_bfloat16(m):
+    x = (torch.randn(50, 400) * 3).bfloat16()
+    numbers, scale = m.to_int8(x)
+    assert scale.dtype == torch.bfloat16
+    assert ((numbers.double() * scale.double() - x.double()).abs() <= 0.5001 * scale.double()).all()
+
+
+def test_an_int8_cache_is_never_held_at_full_width(m, monkeypatch):
+    made = []
+    like = torch.zeros(1)
+    monkeypatch.setattr(type(like), "new_zeros", lambda self, *a, _f=torch.Tensor.new_zeros, **k: made.append(
+        _f(self, *a, **k)) or made[-1])
+    m.Int8Cache(config(m), 1, 500, like)
+    assert all(x.dtype == torch.int8 or x.size(-1) == 1 for x in made) and len(made) == 12
+
+
 # ------------------------------------------------------------------------------------------------- window
 
 
@@ -386,6 +402,10 @@ def test_a_queue_gets_the_answers_of_one_prompt_at_a_time(m, rung):
         work = [len(row) - 1 for row in expected]
         assert max(work) <= steps <= sum(work) and steps >= sum(work) / slots
         assert slots > 1 or steps == sum(work)
+    assert m.serve(model, [], 5) == ([], 0)
+    for wrong in (dict(slots=0), dict(max_new_tokens=0)):
+        with pytest.raises(ValueError, match="a queue needs"):
+            m.serve(model, prompts, **{"max_new_tokens": 5, **wrong})
     assert m.serve(model, prompts, 1, slots=2)[0] == [row[:1] for row in (m.serve(model, prompts, 2, slots=2)[0])]
 
 
