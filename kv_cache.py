@@ -21,9 +21,9 @@ Symbols  B batch   T new tokens   P past tokens   S columns in sight   C n_embd 
 New here the caches, decode steps compiled into single passes, int8 weights and caches, a ring with sinks, rows of
          different lengths, a queue of prompts, the ruler (bytes / bandwidth). The model is llama3.py's
 Not here paged caches, speculative decoding, int4, several GPUs
-Expect   tokens per second behind 128 others, 111 MB of weights: none 16, growing 68, gqa 71, compiled 163, int8 356.
-         --preset 125m, 400 MB: none 5, growing 23, gqa 23, compiled 55, int8 145; compiled is 83% of the bandwidth of
-         27 GB/s, gqa 35%. --preset text: perplexity 5.1338 exact, 5.1335 with int8 weights, 5.1335 with an int8 cache
+Expect   tokens per second behind 128 others, 111 MB of weights: none 16, growing 58, gqa 68, compiled 183, int8 376.
+         --preset 125m, 400 MB: none 6, growing 25, gqa 24, compiled 57, int8 139; compiled is 120% of the bandwidth of
+         19 GB/s, gqa 52%. --preset text: perplexity 5.1338 exact, 5.1335 with int8 weights, 5.1335 with an int8 cache
          too, 5.136 with a window of 64 and 4 sinks (results/kv_cache.json)
 Asked    Why is writing slow when reading is fast?   How fast can it be?   What does copying cost?   Why does compiling
          help at all?   What may be rounded?   Why keep the first tokens?   Why is a padded batch slow?   (grep "# Q:")
