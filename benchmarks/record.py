@@ -38,6 +38,8 @@ RUNS = {
                   "numbers": ("--preset numbers", (1337,))},
     "kv_cache": {"numbers": ("", (1337,)), "125m": ("--preset 125m", (1337,)),
                  "text": ("--preset text --data shakespeare --contexts=", (1337,))},
+    "flash_attention": {"shakespeare": ("--data shakespeare", (1337,)),
+                        "naive": ("--data shakespeare --attention naive --lengths=", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -218,6 +220,17 @@ def expectation(script, runs):
                 f"{text['gqa']['perplexity']:.4f} exact, {text['int8']['perplexity']:.4f} with int8 weights, "
                 f"{text['int8-cache']['perplexity']:.4f} with an int8 cache too, "
                 f"{text['window']['perplexity']:.3f} with a window of {window['window']} and {window['sinks']} sinks")
+    if script == "flash_attention":
+        got, naive = runs["shakespeare"][0], runs["naive"][0]
+        times, peaks = got["results"]["milliseconds"], got["results"]["peak_mb"]
+        limit = got["results"]["in_2_gib"]
+        return ("2 to 3 min on two CPU cores",
+                f"forward + backward of 8,192 tokens, two heads, in {peaks['tiled']['8192']:.0f} MB (naive: "
+                f"{peaks['naive']['8192']:,.0f}), 16,384 in {peaks['tiled']['16384']:.0f}; at 2,048 tokens in "
+                f"{times['tiled']['2048'] / times['naive']['2048']:.2f} of naive's time (PyTorch's own kernel: "
+                f"{times['sdpa']['2048'] / times['naive']['2048']:.2f}). With 2 GiB naive fails at "
+                f"{limit['naive']['fails']:,} tokens, tiled passes. Training ends at a validation loss of "
+                f"{got['val_loss']:.4f}, with naive attention at {naive['val_loss']:.4f}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)

@@ -454,7 +454,8 @@ class Tracer(ast.NodeTransformer):
 
 
 # Functions left out of the tracing of a script, such as triton kernels: their lines cannot run here.
-UNTRACED: dict[str, set[str]] = {"kv_cache": {"replayed_step"}}
+UNTRACED: dict[str, set[str]] = {"kv_cache": {"replayed_step"}, "flash_attention": {
+    "forward_kernel", "query_kernel", "key_kernel", "tile_mask", "kernels", "matmul_tflops"}}
 
 
 def trace_decoder_only(m, tmp_path, fixed):
@@ -654,11 +655,42 @@ def trace_kv_cache(m, tmp_path, fixed):
     m.from_pretrained(tmp_path / "saved")
 
 
+def trace_flash_attention(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=3, D=8, F=96)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(200)))
+    small = dict(n_layer=2, n_head=3, n_embd=24, block_size=16, max_steps=3, eval_every=2, device="cpu", lengths="")
+    m.main(m.Config(**small, batch_size=5, data=str(text), out=str(tmp_path / "text")))
+    numbers = str(tmp_path / "numbers")
+    model, cfg = m.main(m.Config(**small, batch_size=97, data="numbers", max_new_tokens=5, out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    fixed["V"] = cfg.vocab_size
+    ids, mask = torch.randint(cfg.vocab_size, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    model.eval()
+    with torch.no_grad():
+        model(ids, mask)
+    m.generate(model, ids, 19, mask=mask)
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    fixed.clear()
+    m.show_running_softmax()
+    for options in ({}, {"window": 4}, {"causal": False}, {"keep": torch.rand(2, 11) > 0.4}):
+        x = [torch.randn(2, heads, n, 10, requires_grad=True) for heads, n in ((6, 7), (3, 11), (3, 11))]
+        for name in ("naive", "tiled", "sdpa"):
+            how = {"tile": 5} if name == "tiled" else {}
+            m.ATTENTION[name](*x, **options, **how).sum().backward()
+    m.race((1, 2, 1, 9, 8), ["naive"], torch.device("cpu"), torch.float32, 1)
+    m.largest_errors(torch.device("cpu"), 4)
+
+
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
              "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
-             "kv_cache": trace_kv_cache, "toy_dataset": trace_toy_dataset}
+             "kv_cache": trace_kv_cache, "flash_attention": trace_flash_attention, "toy_dataset": trace_toy_dataset}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -677,6 +709,8 @@ ALONE = {
     "qwen3_moe": ("--max-steps 30 --eval-every 30 --data pydocs --n-layer 1 --n-embd 32 --n-head 2",
                   [*TRAINED, "expert_load.png"]),
     "kv_cache": ("--max-steps 30 --eval-every 15 --n-layer 1 --n-embd 32 --n-head 2 --rung gqa --contexts=", TRAINED),
+    "flash_attention": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 1 --n-embd 32 --n-head 2 --lengths=",
+                        TRAINED),
 }
 
 

@@ -23,7 +23,7 @@ def test_readme_quotes_the_results(record):
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
-                                    "kv_cache", "bpe_tokenizer", "toy_dataset"])
+                                    "kv_cache", "flash_attention", "bpe_tokenizer", "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -48,7 +48,8 @@ def test_results_name_machine_and_seeds(record):
     ("decoder_only", "shakespeare", "laptop"), ("decoder_only", "numbers", "numbers"),
     ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
     ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
-    ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m")])
+    ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m"),
+    ("flash_attention", "shakespeare", "laptop")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
@@ -108,6 +109,14 @@ def test_bounds(record):
     rungs = json.loads((ROOT / "results" / "peers_kv_cache.json").read_text())["results"]["rungs"]
     assert rungs["compiled"]["times_faster_than_transformers"] >= 2.3
     assert rungs["compiled"]["bandwidth_fraction"] >= 0.7 and rungs["compiled"]["same_tokens"]
+    runs = record.results("flash_attention")
+    got = runs["shakespeare"][0]["results"]
+    for length in ("2048", "4096", "8192"):
+        assert got["milliseconds"]["tiled"][length] <= 1.5 * got["milliseconds"]["naive"][length]
+    peaks = got["peak_mb"]
+    assert peaks["tiled"]["8192"] <= peaks["naive"]["8192"] / 20 and peaks["tiled"]["16384"] < 2.5 * peaks["tiled"]["8192"]
+    assert got["in_2_gib"]["naive"]["fails"] == got["in_2_gib"]["tiled"]["passes"] == 16384
+    assert abs(runs["shakespeare"][0]["val_loss"] - runs["naive"][0]["val_loss"]) < 0.02
 
 
 def test_pictures_and_links_exist():
