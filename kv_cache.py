@@ -2150,8 +2150,8 @@ def streamed_bytes(model, context, itemsize):
 
 def synchronize(device):
     """Wait until the device has done what it was told: without it only the telling is timed."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def read_bandwidth(buffer):
