@@ -319,6 +319,10 @@ def test_product_in_all_its_forms(m):
         # bfloat16 weights are summed in float32: 4,096 ones are 4,096, and not the 256 where bfloat16 stops counting
         ones = torch.ones(rows, 4096, dtype=torch.bfloat16)
         assert (m.product(ones, torch.ones(3, 4096, dtype=torch.bfloat16)) == 4096).all()
+    # and products are not rounded before they are summed: 1.0078^2 - 1.0078 * 1.0156 in bfloat16 would be -1/128
+    w = torch.full((1, 2), 1.0078125, dtype=torch.bfloat16)
+    x = torch.tensor([[1.0078125, -1.015625]], dtype=torch.bfloat16)
+    assert m.product(x, w).item() == pytest.approx(1.0078125 * (1.0078125 - 1.015625), rel=1e-3)
 
 
 def test_int8_rounds_once_in_bfloat16(m):
@@ -372,6 +376,32 @@ def test_window_forgets(m):
         changed[0, t] = (ids[0, t] + 1) % 97
         assert (m.prefill(model, changed, None, 40)[0] - before).abs().max().item() > 1e-5 or not seen, t
         assert torch.equal(m.prefill(model, changed, None, 40)[0], before) != seen, t
+
+
+def test_rows_that_end_in_different_pieces(m):
+    """Padded on the right, longer than the ring: each row's logits come from the piece that holds its last token."""
+    model = m.on_rung(m.build_model(config(m, sinks=2, window=4)), "window")
+    prompts, ids, mask = ragged((3, 12, 8), "right")
+    logits, cache = m.prefill(model, ids, mask, 40)
+    for row, prompt in enumerate(prompts):
+        alone, other = m.prefill(model, prompt[None], None, 40)
+        torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=0)
+    token = logits.argmax(-1)
+    after = m.decode_step(model, token, cache)[0][-1]
+    torch.testing.assert_close(after, m.decode_step(model, token[-1:], other)[0][0], atol=1e-5, rtol=0)
+
+
+def test_adopted_rows_see_their_own_past_only(m):
+    """Rows of a queue are of different ages from the first step on."""
+    model = m.on_rung(m.build_model(config(m)), "gqa")
+    prompts = ragged((9, 3), "left")[0]
+    cache, expected = m.new_cache(model, 2, 20), []
+    for row, prompt in enumerate(prompts):
+        logits, alone = m.prefill(model, prompt[None], None, 20)
+        cache.adopt(row, alone)
+        expected.append(m.decode_step(model, torch.tensor([5]), alone)[0][0])
+    found, _ = m.decode_step(model, torch.tensor([5, 5]), cache)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_ring_refuses_a_chunk_that_would_overwrite_itself(m):
