@@ -1512,8 +1512,9 @@ def compiled(function):
     # Each kind of cache, number of rows and dtype is a version of its own; after 8 of them torch would give up.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Fusing may go too far: the norm would be worked out anew inside each row of the product that reads it. An
-    # intermediate result with more than one input is to be stored.
-    return torch.compile(function, options={"realize_reads_threshold": 1})
+    # intermediate result with several inputs is to be stored. And shapes are checked when a version is chosen; once per
+    # call is enough.
+    return torch.compile(function, options={"realize_reads_threshold": 1, "size_asserts": False})
 
 
 def weights_of(model):

@@ -109,6 +109,7 @@ def test_bounds(record):
     rungs = json.loads((ROOT / "results" / "peers_kv_cache.json").read_text())["results"]["rungs"]
     assert rungs["compiled"]["times_faster_than_transformers"] >= 2.3
     assert rungs["compiled"]["bandwidth_fraction"] >= 0.7 and rungs["compiled"]["same_tokens"]
+    assert rungs["int8"]["times_faster_than_transformers"] >= 6.5
     runs = record.results("flash_attention")
     got = runs["shakespeare"][0]["results"]
     for length in ("2048", "4096", "8192"):
