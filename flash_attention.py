@@ -20,8 +20,9 @@ New here softmax three ways, tiled attention forward and backward, the same as T
          uses them is decoder_only.py's
 Not here dropout on attention weights, ALiBi, FP8, warp specialisation (FlashAttention-3)
 Expect   forward + backward of 8,192 tokens, two heads, in 36 MB (naive: 1,703), 16,384 in 69; at 2,048 tokens in 0.52
-         of naive's time (PyTorch's own kernel: 0.27). With 2 GiB naive fails at 16,384 tokens, tiled passes. Training
-         ends at a validation loss of 2.4146, with naive attention at 2.4146 (results/flash_attention.json)
+         of naive's time (PyTorch's own kernel: 0.27), faster from 1,024 on. With 2 GiB naive fails at 16,384 tokens,
+         tiled passes. Training ends at a validation loss of 2.4146, with naive attention at 2.4146
+         (results/flash_attention.json)
 Asked    Why can the maximum change afterwards?   What does causality save?   What does backward keep?
          Why is it faster, if it computes more?   Is it an approximation?   When is it no help?   (grep "# Q:")
 """
