@@ -230,7 +230,8 @@ def expectation(script, runs):
                 f"forward + backward of 8,192 tokens, two heads, in {peaks['tiled']['8192']:.0f} MB (naive: "
                 f"{peaks['naive']['8192']:,.0f}), 16,384 in {peaks['tiled']['16384']:.0f}; at 2,048 tokens in "
                 f"{times['tiled']['2048'] / times['naive']['2048']:.2f} of naive's time (PyTorch's own kernel: "
-                f"{times['sdpa']['2048'] / times['naive']['2048']:.2f}), faster from {faster:,} on. With 2 GiB naive fails at "
+                f"{times['sdpa']['2048'] / times['naive']['2048']:.2f}), faster from {faster:,} on. "
+                f"With 2 GiB naive fails at "
                 f"{limit['naive']['fails']:,} tokens, tiled passes. Training ends at a validation loss of "
                 f"{got['val_loss']:.4f}, with naive attention at {naive['val_loss']:.4f}")
     if script == "bpe_tokenizer":
