@@ -1344,7 +1344,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
     # A: Each rank holds all weights and takes 1/world of the rows. During backward() the gradients are averaged, so
     #    every optimizer makes the same update and the weights stay equal without ever being sent.
     if world > 1:  # DDP averages gradients over the ranks while backward() is still running
-        net = nn.parallel.DistributedDataParallel(net)
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)  # buffers are constants here
     # Q: Why is there no GradScaler?
     # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits. float16
     #    is the one that needs scaling: below 6e-5 it loses digits, below 6e-8 everything.
@@ -1363,8 +1363,7 @@ def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None
                 group["lr"] = lr_at(step, cfg)
             # Dropout draws from the global generator. Seeding that per step (and rank: other rows, other noise) makes
             # dropout a function of the step as well.
-            if cfg.dropout > 0:
-                torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
             batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
             batch = prepare(batch, seeded(cfg.seed + 1, step))
             if not model.training:  # evaluate() and generate() switch to eval mode

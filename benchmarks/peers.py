@@ -4,6 +4,7 @@
     python benchmarks/peers.py encoder_only      training step: transformers' BertForMaskedLM, a real vocabulary
     python benchmarks/peers.py encoder_decoder   beam search and training step: transformers' T5
     python benchmarks/peers.py kv_cache          one token at a time: transformers' generate, memory bandwidth
+    python benchmarks/peers.py lora_qlora        one step of full fine-tuning, LoRA, QLoRA: peft's LoRA
     python benchmarks/peers.py bpe_tokenizer     training: minbpe's algorithm, Hugging Face tokenizers; encoding speed
 
 Absolute times depend on the machine and on what else runs on it. So the contenders take turns within one process, the
@@ -796,6 +797,60 @@ def kv_cache(args):
     return results
 
 
+# --- lora_qlora ------------------------------------------------------------------------------------------------------
+def lora_qlora(args):
+    """One optimizer step of full fine-tuning, LoRA and QLoRA against peft's LoRA: 1,024 tokens, rank 16, two widths."""
+    import peft
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("lora_qlora")
+    rounds, B, T = args.rounds or 9, 8, 128
+    results, rows = {"peft": peft.__version__, "step": []}, []
+    for width, layers in ((512, 6), (1024, 2)):
+        cfg = m.Config(n_layer=layers, n_head=8, n_kv_head=4, n_embd=width, ffn_size=3 * width, vocab_size=4096,
+                       block_size=T, init_std=width ** -0.5, rank=16, alpha=32.0, method="all")
+        base = m.build_model(cfg)
+        models = {method: m.make_ready(m.copy.deepcopy(base), method, cfg).train() for method in m.METHODS}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            m.save_pretrained(base, base.cfg, folder)
+            m.save_adapter(models["lora"], cfg, folder, Path(folder) / "adapter")
+            plain = transformers.LlamaForCausalLM.from_pretrained(folder)
+            models["peft"] = peft.PeftModel.from_pretrained(plain, Path(folder) / "adapter", is_trainable=True).train()
+        ids = torch.randint(cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
+        losses = {}
+
+        def step(who, model, ids=ids, losses=losses):
+            params = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(params, lr=0.0, fused=True)  # a rate of 0: every round computes the same
+
+            def run():
+                began = time.perf_counter()
+                logits = model(ids[:, :-1])
+                logits = logits.logits if who == "peft" else logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses[who] = loss.item()
+                return time.perf_counter() - began
+            return run
+
+        seconds = take_turns({who: step(who, model) for who, model in models.items()}, rounds)
+        entry = {"parameters": sum(p.numel() for p in base.parameters()), "width": width, "layers": layers,
+                 "tokens": B * T, "rank": cfg.rank, "seconds_per_round": seconds, "loss": losses,
+                 "lora_to_full": 1 / times_faster(seconds, "lora", "full"),
+                 "qlora_to_full": 1 / times_faster(seconds, "qlora", "full"),
+                 "lora_to_peft": 1 / times_faster(seconds, "lora", "peft")}
+        results["step"].append(entry)
+        rows += [(f"width {width}, {layers} layers: {who}", f"{statistics.median(taken) * 1e3:8.1f} ms   "
+                  f"loss {losses[who]:.6f}") for who, taken in seconds.items()]
+        rows += [(f"  {name}", f"{entry[name]:8.2f} of its time") for name in
+                 ("lora_to_full", "qlora_to_full", "lora_to_peft")]
+    print_table(f"One step, {B * T} tokens, rank 16 beside every matrix", rows)
+    return results
+
+
 # --- qwen3_moe -------------------------------------------------------------------------------------------------------
 def qwen3_moe(args):
     """Forward + backward of a 2-layer mixture, 64 experts, 8 per token, against transformers' two dispatches."""
@@ -853,7 +908,8 @@ def qwen3_moe(args):
 
 
 PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
-         "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "bpe_tokenizer": bpe_tokenizer}
+         "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "lora_qlora": lora_qlora,
+         "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):

@@ -40,6 +40,8 @@ RUNS = {
                  "text": ("--preset text --data shakespeare --contexts=", (1337,))},
     "flash_attention": {"shakespeare": ("--data shakespeare", (1337,)),
                         "naive": ("--data shakespeare --attention naive --lengths=", (1337,))},
+    "lora_qlora": {"numbers": ("", (1337, 1, 2)), "all": ("--examples 0", (1337,)),
+                   "lower": ("--lr 5e-3 --full-lr 2e-3", (1337,)), "higher": ("--lr 2e-2 --full-lr 8e-3", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -234,6 +236,26 @@ def expectation(script, runs):
                 f"With 2 GiB naive fails at "
                 f"{limit['naive']['fails']:,} tokens, tiled passes. Training ends at a validation loss of "
                 f"{got['val_loss']:.4f}, with naive attention at {naive['val_loss']:.4f}")
+    if script == "lora_qlora":
+        got, many = runs["numbers"], runs["all"][0]["results"]
+
+        def loss(method, some=got):
+            return spread(some, lambda r: r["results"]["val_loss"][method], "{:.3f}")
+
+        def share(key, method):
+            return spread(got, lambda r: r["results"][key][method], "{:.0%}")
+        first = got[0]["results"]
+        part = first["trainable_parameters"]["lora"] / first["trainable_parameters"]["full"]
+        return (f"{minutes(max(one['seconds'] for one in got))} on two CPU cores",
+                f"validation loss after {got[0]['config']['examples']:,} lines of the old form: full fine-tuning "
+                f"{loss('full')}, LoRA with {part:.1%} of the parameters {loss('lora')}, QLoRA on four bits "
+                f"{loss('qlora')}; old names right {share('exact_match', 'full')}, {share('exact_match', 'lora')}, "
+                f"{share('exact_match', 'qlora')}; modern names still right {share('exact_match_modern', 'full')}, "
+                f"{share('exact_match_modern', 'lora')}, {share('exact_match_modern', 'qlora')} (base "
+                f"{share('exact_match_modern', 'base')}). With all 60,000 lines full fine-tuning is ahead: "
+                f"{many['val_loss']['full']:.3f}, LoRA {many['val_loss']['lora']:.3f}. Of the squared full update "
+                f"{spread(got, lambda r: r['results']['full_update_within_rank'], '{:.0%}')} lies within rank "
+                f"{got[0]['config']['rank']}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -335,6 +357,13 @@ def peers():
                  f"`transformers` `generate` | {one['times_faster_than_transformers']:.1f} times as fast, "
                  f"{one['bandwidth_fraction']:.0%} of the read bandwidth"
                  f"{', same tokens' if one['same_tokens'] else ''} |" for rung, one in got["rungs"].items()]
+    if (path := RESULTS / "peers_lora_qlora.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]["step"]
+        for one in got:
+            where = f"{one['tokens']:,} tokens, {one['layers']} layers x {one['width']}, rank {one['rank']}"
+            rows += [f"| LoRA step, {where} | full fine-tuning, and `peft`'s LoRA | {one['lora_to_full']:.2f} and "
+                     f"{one['lora_to_peft']:.2f} of its time |",
+                     f"| QLoRA step, the same | full fine-tuning | {one['qlora_to_full']:.2f} of its time |"]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]

@@ -688,9 +688,39 @@ def trace_flash_attention(m, tmp_path, fixed):
 
 # script -> function(module, empty folder, dict of fixed letters) that reaches every line with a shape comment.
 # Choose sizes that are pairwise different: with T == D a wrong transpose has the right shape.
+def trace_lora_qlora(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=6, D=10, F=50)
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=31, base_steps=2,
+                 max_steps=2, eval_every=2, batch_size=97, device="cpu", rank=3, rope_factor=8.0)
+    numbers = str(tmp_path / "numbers")
+    m.main(m.Config(**small, merge=True, out=numbers))
+    m.main(m.Config(load=numbers + "/lora", prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    model = m.build_model(m.Config(**{**small, "vocab_size": 83}))
+    fixed["V"] = 83
+    ids, mask = torch.randint(83, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    m.quantise_model(model, double_quant=False)
+    m.add_lora(model, ["q_proj", "down_proj"], 3, 8.0, dora=True)
+    with torch.no_grad():
+        model(ids, mask)
+        cache = m.KVCache(model.cfg, 5, 16, like=model.lm_head.weight)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            model(piece, cache=cache)
+    for adapter in m.adapters(model).values():
+        adapter.merge()
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    m.generate(model, ids, 29, mask=mask)
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    text = torch.arange(83)
+    m.text_rows(text, 11, 11)
+
+
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
              "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
-             "kv_cache": trace_kv_cache, "flash_attention": trace_flash_attention, "toy_dataset": trace_toy_dataset}
+             "kv_cache": trace_kv_cache, "flash_attention": trace_flash_attention, "toy_dataset": trace_toy_dataset,
+             "lora_qlora": trace_lora_qlora}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -711,6 +741,10 @@ ALONE = {
     "kv_cache": ("--max-steps 30 --eval-every 15 --n-layer 1 --n-embd 32 --n-head 2 --rung gqa --contexts=", TRAINED),
     "flash_attention": ("--max-steps 30 --eval-every 15 --data pydocs --n-layer 1 --n-embd 32 --n-head 2 --lengths=",
                         TRAINED),
+    "lora_qlora": ("--base-steps 30 --max-steps 30 --eval-every 15 --n-layer 1 --n-embd 32 --n-head 2",
+                   [*(f"{stage}/{name}" for stage in ("base", "full", "lora", "qlora")
+                      for name in ("metrics.jsonl", "ckpt.pt")), "lora/adapter_model.safetensors", "base/config.json",
+                    "summary.json", "sample.txt", "curve.png", "comparison.png", "singular_values.png"]),
 }
 
 

@@ -23,7 +23,7 @@ def test_readme_quotes_the_results(record):
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
-                                    "kv_cache", "flash_attention", "bpe_tokenizer", "toy_dataset"])
+                                    "kv_cache", "flash_attention", "lora_qlora", "bpe_tokenizer", "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -49,7 +49,7 @@ def test_results_name_machine_and_seeds(record):
     ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
     ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
     ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m"),
-    ("flash_attention", "shakespeare", "laptop")])
+    ("flash_attention", "shakespeare", "laptop"), ("lora_qlora", "numbers", "laptop")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
@@ -59,7 +59,7 @@ def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     spec.loader.exec_module(module)
     now = vars(module.Config(**module.PRESETS[preset]))
     # What the data decides, and what 0 stands for, is filled in when a run begins.
-    filled_in = {"data", "seed", "vocab_size", "mask_id", "head_size", "ffn_size"}
+    filled_in = {"data", "seed", "vocab_size", "mask_id", "head_size", "ffn_size", "method"}
     for run in record.results(script)[what]:
         for name, value in run["config"].items():
             assert name in filled_in or now[name] == value, name
@@ -119,6 +119,15 @@ def test_bounds(record):
     assert peaks["tiled"]["16384"] < 2.5 * peaks["tiled"]["8192"]
     assert got["in_2_gib"]["naive"]["fails"] == got["in_2_gib"]["tiled"]["passes"] == 16384
     assert abs(runs["shakespeare"][0]["val_loss"] - runs["naive"][0]["val_loss"]) < 0.02
+    runs = record.results("lora_qlora")["numbers"]
+    assert len(runs) == 3
+    for run in runs:
+        loss, trained = run["results"]["val_loss"], run["results"]["trainable_parameters"]
+        assert loss["lora"] <= 1.02 * loss["full"] and loss["qlora"] <= 1.04 * loss["full"]
+        assert trained["lora"] == trained["qlora"] <= 0.05 * trained["full"] and trained["full"] == run["params"]
+    for step in json.loads((ROOT / "results" / "peers_lora_qlora.json").read_text())["results"]["step"]:
+        assert step["width"] >= 512 and step["tokens"] >= 1024
+        assert step["lora_to_full"] <= 0.8 and step["lora_to_peft"] <= 1
 
 
 def test_pictures_and_links_exist():
