@@ -1652,20 +1652,24 @@ def read_run(folder):
     return recorded
 
 
-def train_stage(model, cfg, name, data, extra, **changes):
+def train_stage(model, cfg, name, data, loss_fn, extra, after_step=None, guess=None, **changes):
     """One training of several, in a folder of its own, <out>/<name>. -> train()'s result.
 
     extra["identity"] says what it builds on (settings, data, base). With --resume a stage that was begun or finished on
-    the same is continued; any other begins anew.
+    the same is continued, and lists in extra go on from what its checkpoint holds; any other begins anew.
     """
     stage = dataclasses.replace(cfg, out=str(Path(cfg.out) / name), resume=False, **changes)
     path = Path(stage.out) / "ckpt.pt"
-    if cfg.resume and path.is_file() and read_checkpoint(path)["extra"].get("identity") == extra["identity"]:
-        stage.resume = True
-    print(f"\n{name}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
-          f"{parameter_count(model):,} parameters are trained, {stage.max_steps} steps at {stage.lr:g}"
+    if cfg.resume and path.is_file():
+        saved = read_checkpoint(path)["extra"]
+        stage.resume = saved.get("identity") == extra["identity"]
+        for key, value in extra.items():
+            if stage.resume and isinstance(value, list):
+                value[:] = saved[key]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"\n{name}: {trained:,} parameters are trained, {stage.max_steps} steps at {stage.lr:g}"
           f"{', continued' if stage.resume else ''}")
-    return train(model, stage, *data, compute_loss, extra)
+    return train(model, stage, *data, loss_fn, extra, after_step, guess)
 
 
 def parameter_count(model):
@@ -2511,8 +2515,8 @@ def main(cfg):
     size = parameter_count(base)
     print(f"model: {size:,} parameters on {device}; everything goes to {out}/")
     if toy:
-        result = train_stage(base, cfg, "base", base_data(cfg, tokenizer), extra, max_steps=cfg.base_steps,
-                             lr=cfg.base_lr)
+        result = train_stage(base, cfg, "base", base_data(cfg, tokenizer), compute_loss, extra,
+                             max_steps=cfg.base_steps, lr=cfg.base_lr)
         histories["base"] = result["history"]
         if rank == 0:
             save_pretrained(base, base.cfg, out / "base", tokenizer)
@@ -2525,7 +2529,7 @@ def main(cfg):
     # --- the adaptations: same base, same data, same steps
     for method in methods:
         model = make_ready(base if alone else copy.deepcopy(base), method, cfg)
-        result = train_stage(model, cfg, method, (train_data, val_data), extra,
+        result = train_stage(model, cfg, method, (train_data, val_data), compute_loss, extra,
                              lr=cfg.full_lr if method == "full" else cfg.lr)
         histories[method], models[method] = result["history"], model
         reports[method] = {"val_loss": result["val_loss"],

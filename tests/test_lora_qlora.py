@@ -179,6 +179,8 @@ def test_only_adapters_learn(m):
 def test_unknown_targets_are_named(m):
     with pytest.raises(ValueError, match=r"no linear layer is called 'query'; there are down_proj, gate_proj.*q_proj"):
         m.add_lora(small(m), ["q_proj", "query"], 3, 8.0)
+    with pytest.raises(ValueError, match="no linear layer is called 'proj'"):  # whole names, not ends of names
+        m.add_lora(small(m), ["proj"], 3, 8.0)
 
 
 # ---------------------------------------------------------------------------------------- four bits
@@ -579,7 +581,8 @@ def test_loading_writes_what_the_run_wrote(m, trained, monkeypatch, capsys):
 
     def write(*args):
         capsys.readouterr()
-        m.main(m.parse_config(m.Config, m.PRESETS, ["--prompt", "old 24=", *args]))
+        model, _ = m.main(m.parse_config(m.Config, m.PRESETS, ["--prompt", "old 24=", *args]))
+        assert bool(m.adapters(model)) == ("--merge" not in args and "lora" in args[1])
         return capsys.readouterr().out.strip()
     for method in ("base", "full", "lora", "qlora"):
         wanted = next(line for line in sample if line.startswith(f"{method:<6}old 24=")).split("old 24=")[1]
