@@ -42,6 +42,10 @@ RUNS = {
                         "naive": ("--data shakespeare --attention naive --lengths=", (1337,))},
     "lora_qlora": {"numbers": ("", (1337, 1, 2)), "all": ("--examples 0", (1337,)),
                    "lower": ("--lr 5e-3 --full-lr 2e-3", (1337,)), "higher": ("--lr 2e-2 --full-lr 8e-3", (1337,))},
+    "dpo": {"numbers": ("", (1337, 1, 2, 3, 4)), "ipo": ("--loss ipo --no-compare", (1337,)),
+            "simpo": ("--loss simpo --no-compare", (1337,)), "flipped": ("--flip 0.1 --no-compare", (1337,)),
+            "flipped-cdpo": ("--flip 0.1 --loss cdpo --no-compare", (1337,)),
+            "nll": ("--carrier all --nll 0.2 --no-compare", (1337,))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -256,6 +260,23 @@ def expectation(script, runs):
                 f"{many['val_loss']['full']:.3f}, LoRA {many['val_loss']['lora']:.3f}. Of the squared full update "
                 f"{spread(got, lambda r: r['results']['full_update_within_rank'], '{:.0%}')} lies within rank "
                 f"{got[0]['config']['rank']}")
+    if script == "dpo":
+        got = runs["numbers"]
+
+        def rate(key, label, some=got):
+            return spread(some, lambda r: r["results"][key][label], "{:.1%}")
+
+        def other(what):
+            return f"{runs[what][0]['results']['preferred_rate']['after']:.1%}"
+        return (f"{minutes(max(one['seconds'] for one in got))} on two CPU cores",
+                f"answers without a slip and with the right number {rate('preferred_rate', 'before')} before, "
+                f"{rate('preferred_rate', 'after')} after {got[0]['config']['max_steps']} steps of DPO in "
+                f"{max(one['results']['dpo_seconds'] for one in got):.0f} s (right number "
+                f"{rate('correct_rate', 'before')} and {rate('correct_rate', 'after')}); imitating the chosen answers "
+                f"instead {rate('preferred_rate', 'control')}; all weights as the carrier "
+                f"{rate('preferred_rate', 'dpo, all')}, adapters {rate('preferred_rate', 'dpo, lora')}. One "
+                f"seed each: IPO {other('ipo')}, SimPO {other('simpo')}, all weights with --nll 0.2 {other('nll')}; with 10 % of the labels swapped DPO "
+                f"{other('flipped')}, cDPO {other('flipped-cdpo')}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -364,6 +385,10 @@ def peers():
             rows += [f"| LoRA step, {where} | full fine-tuning, and `peft`'s LoRA | {one['lora_to_full']:.2f} and "
                      f"{one['lora_to_peft']:.2f} of its time |",
                      f"| QLoRA step, the same | full fine-tuning | {one['qlora_to_full']:.2f} of its time |"]
+    if (path := RESULTS / "peers_dpo.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows += [f"| DPO step, {got['parameters'] / 1e6:.1f} M parameters, {got['pairs']} pairs of {got['tokens']} "
+                 f"tokens | two models, a forward pass for each answer | {got['time_ratio']:.2f} of its time |"]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]

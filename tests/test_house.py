@@ -717,10 +717,44 @@ def trace_lora_qlora(m, tmp_path, fixed):
     m.text_rows(text, 11, 11)
 
 
+def trace_dpo(m, tmp_path, fixed):
+    import json
+
+    import torch
+
+    fixed.update(C=24, H=6, D=10, F=50)
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=31, sft_steps=2,
+                 max_steps=2, eval_every=2, batch_size=13, sft_batch_size=97, device="cpu", rope_factor=8.0)
+    right = m.sample_answers
+    rng = m.random.Random(0)
+    m.sample_answers = lambda model, tokenizer, numbers, *more: right(model, tokenizer, numbers[:7], *more) and [
+        tokenizer.encode(m.misspell(m.number_to_words(n), rng, 0.3) + "\n") for n in numbers]
+    numbers = str(tmp_path / "numbers")
+    m.main(m.Config(**small, pairs=100, nll=0.1, out=numbers))
+    m.main(m.Config(load=numbers, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    batch = torch.randint(3, 76, (5, 2, 11)), torch.randint(3, 76, (5, 2, 11)), torch.zeros(5, 2)
+    model = m.build_model(m.Config(**{**small, "vocab_size": 83}))
+    for loss in m.LOSSES:
+        m.preference_loss(model, batch, m.Config(loss=loss))
+    m.sequence_logps(model(batch[0][:, 0]), batch[1][:, 0])
+    fixed["V"] = 83
+    ids, mask = torch.randint(83, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    with torch.no_grad():
+        model(ids, mask)
+        cache = m.KVCache(model.cfg, 5, 16, like=model.lm_head.weight)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            model(piece, cache=cache)
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    m.generate(model, ids, 29, mask=mask)
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    (tmp_path / "x.json").write_text(json.dumps([{"instruction": "x", "chosen": "y", "rejected": "z"}]))
+
+
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
              "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
              "kv_cache": trace_kv_cache, "flash_attention": trace_flash_attention, "toy_dataset": trace_toy_dataset,
-             "lora_qlora": trace_lora_qlora}
+             "lora_qlora": trace_lora_qlora, "dpo": trace_dpo}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -745,6 +779,9 @@ ALONE = {
                    [*(f"{stage}/{name}" for stage in ("base", "full", "lora", "qlora")
                       for name in ("metrics.jsonl", "ckpt.pt")), "lora/adapter_model.safetensors", "base/config.json",
                     "summary.json", "sample.txt", "curve.png", "comparison.png", "singular_values.png"]),
+    "dpo": ("--sft-steps 400 --sft-batch-size 64 --max-steps 20 --eval-every 10 --pairs 150 --no-compare",
+            ["sft/metrics.jsonl", "sft/ckpt.pt", "dpo/metrics.jsonl", "dpo/ckpt.pt", "dpo/preferences.jsonl",
+             "summary.json", "sample.txt", "curve.png", "preferences.png"]),
 }
 
 
