@@ -6,6 +6,7 @@
     python benchmarks/peers.py kv_cache          one token at a time: transformers' generate, memory bandwidth
     python benchmarks/peers.py lora_qlora        one step of full fine-tuning, LoRA, QLoRA: peft's LoRA
     python benchmarks/peers.py dpo               one DPO step: two models and two forward passes
+    python benchmarks/peers.py ppo_grpo          a rollout: transformers' generate
     python benchmarks/peers.py bpe_tokenizer     training: minbpe's algorithm, Hugging Face tokenizers; encoding speed
 
 Absolute times depend on the machine and on what else runs on it. So the contenders take turns within one process, the
@@ -872,7 +873,8 @@ def dpo(args):
     losses = {}
 
     def step(who, model, loss):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # a rate of 0: all rounds are alike
+        # A rate of 0: all rounds are alike.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
         def run():
             began = time.perf_counter()
@@ -907,6 +909,53 @@ def dpo(args):
         *((who, f"{statistics.median(taken) * 1e3:8.1f} ms   loss {losses[who]:.6f}")
           for who, taken in seconds.items()),
         ("ours / two models", f"{results['time_ratio']:8.2f} of its time")])
+    return results
+
+
+# --- ppo_grpo --------------------------------------------------------------------------------------------------------
+def ppo_grpo(args):
+    """A rollout of the default GRPO run, 64 prompts x 8 answers, against transformers' generate with the same model."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    m = load_script("ppo_grpo")
+    rounds, tokenizer = args.rounds or 15, m.ToyTokenizer()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        # Imitation first: answers have the lengths that they have in a run.
+        cfg = m.Config(vocab_size=tokenizer.n_vocab, max_steps=250, lr=2e-3, out=folder, eval_every=250)
+        policy = m.build_model(cfg)
+        rows = m.sloppy_rows(m.draw_prompts(20_000, 0, "train"), tokenizer, 0, 0.3)
+        m.train(policy, cfg, rows, rows, m.compute_loss)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd, intermediate_size=cfg.ffn_size,
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
+        max_position_embeddings=cfg.block_size, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None)).eval()
+    theirs.load_state_dict(policy.eval().state_dict())
+    prompts = [tokenizer.encode(f"{n}=") for n in m.draw_prompts(cfg.prompts, 0, "train")]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    many, new, written = ids.repeat_interleave(cfg.group, 0), cfg.max_answer, {}
+    generator = torch.Generator().manual_seed(0)
+
+    def ours():
+        out = m.rollout(policy, ids, ids != 0, cfg.group, new, 1.0, tokenizer.eos_ids, generator)
+        written["ours"] = int((out != 0).sum())
+
+    def with_transformers():
+        with torch.no_grad():
+            out = theirs.generate(many, attention_mask=(many != 0).long(), max_new_tokens=new, do_sample=True,
+                                  temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                                  eos_token_id=tokenizer.eos_ids[0])
+        written["transformers"] = int((out[:, width:] != 0).sum())
+
+    seconds = take_turns({"ours": timed(ours), "transformers": timed(with_transformers)}, rounds)
+    results = {"transformers": transformers.__version__, "rows": len(many), "new_tokens": written["ours"] / len(many),
+               "parameters": sum(p.numel() for p in policy.parameters()), "seconds_per_round": seconds,
+               "times_faster_than_transformers": times_faster(seconds, "ours", "transformers")}
+    print_table(f"Rollout, {len(many)} answers of {results['new_tokens']:.1f} tokens in the mean", [
+        *((who, f"{written[who] / statistics.median(taken):10,.0f} tokens/s") for who, taken in seconds.items()),
+        ("times as fast", f"{results['times_faster_than_transformers']:10.2f}")])
     return results
 
 
@@ -968,7 +1017,7 @@ def qwen3_moe(args):
 
 PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
          "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "lora_qlora": lora_qlora, "dpo": dpo,
-         "bpe_tokenizer": bpe_tokenizer}
+         "ppo_grpo": ppo_grpo, "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):

@@ -46,6 +46,7 @@ RUNS = {
             "simpo": ("--loss simpo --no-compare", (1337,)), "flipped": ("--flip 0.1 --no-compare", (1337,)),
             "flipped-cdpo": ("--flip 0.1 --loss cdpo --no-compare", (1337,)),
             "nll": ("--carrier all --nll 0.2 --no-compare", (1337,))},
+    "ppo_grpo": {"numbers": ("", (1337, 1, 2, 3, 4))},
     "bpe_tokenizer": {"shakespeare": ("--data shakespeare", (None,))},
     "toy_dataset": {"default": ("", (1337,))},
 }
@@ -275,8 +276,24 @@ def expectation(script, runs):
                 f"{rate('correct_rate', 'before')} and {rate('correct_rate', 'after')}); imitating the chosen answers "
                 f"instead {rate('preferred_rate', 'control')}; all weights as the carrier "
                 f"{rate('preferred_rate', 'dpo, all')}, adapters {rate('preferred_rate', 'dpo, lora')}. One "
-                f"seed each: IPO {other('ipo')}, SimPO {other('simpo')}, all weights with --nll 0.2 {other('nll')}; with 10 % of the labels swapped DPO "
+                f"seed each: IPO {other('ipo')}, SimPO {other('simpo')}, all weights with --nll 0.2 {other('nll')}; "
+                f"with 10 % of the labels swapped DPO "
                 f"{other('flipped')}, cDPO {other('flipped-cdpo')}")
+    if script == "ppo_grpo":
+        got = runs["numbers"]
+
+        def both(name):
+            return (f"{spread(got, lambda r: r['results']['accuracy'][name], '{:.1%}')} sampled, "
+                    f"{spread(got, lambda r: r['results']['accuracy_greedy'][name], '{:.1%}')} greedy")
+
+        def slowest(name):
+            return f"{max(run['results']['method_seconds'][name] for run in got):.0f} s"
+        return (f"{minutes(max(one['seconds'] for one in got))} on two CPU cores",
+                f"names right on prompts that were looked at once: imitation {both('sft')}; REINFORCE "
+                f"{both('reinforce')}, in {slowest('reinforce')}; GRPO {both('grpo')}, in {slowest('grpo')}; PPO "
+                f"{both('ppo')}, in {slowest('ppo')}. KL to the imitator "
+                f"{spread(got, lambda r: r['results']['kl']['grpo'], '{:.2f}')} nats with GRPO, the least for it "
+                f"{got[0]['results']['least_kl']:.2f}")
     if script == "bpe_tokenizer":
         one = runs["shakespeare"][0]["results"]
         last = max(one["bytes_per_token"], key=int)
@@ -389,6 +406,11 @@ def peers():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         rows += [f"| DPO step, {got['parameters'] / 1e6:.1f} M parameters, {got['pairs']} pairs of {got['tokens']} "
                  f"tokens | two models, a forward pass for each answer | {got['time_ratio']:.2f} of its time |"]
+    if (path := RESULTS / "peers_ppo_grpo.json").is_file():
+        got = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows += [f"| rollout, {got['rows']} answers of {got['new_tokens']:.0f} tokens, {got['parameters'] / 1e6:.1f} "
+                 f"M parameters | `transformers` `generate` | "
+                 f"{got['times_faster_than_transformers']:.1f} times as fast |"]
     if (path := RESULTS / "peers_bpe_tokenizer.json").is_file():
         got = json.loads(path.read_text(encoding="utf-8"))["results"]
         small, large, speed = got["train_512"], got["train_4096_merges"], got["encode"]["megabytes_per_second"]

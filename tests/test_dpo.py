@@ -67,6 +67,19 @@ def test_sequence_logps_are_sums_over_the_answer(m):
     assert torch.equal(m.sequence_logps(other, targets)[0], logps)
 
 
+def test_log_probs_are_not_rounded(m):
+    """bfloat16 logits are summed in float32, float64 ones in float64."""
+    _, targets, _ = random_batch(m)
+    logits = torch.randn(10, 11, 83)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        wide = torch.promote_types(dtype, torch.float32)
+        ours = m.sequence_logps(logits.to(dtype), targets.flatten(0, 1))[0]
+        assert ours.dtype == wide
+        exact = m.sequence_logps(logits.to(dtype).double(), targets.flatten(0, 1))[0]
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    assert small(m).double()(torch.randint(3, 83, (10, 11)), targets=targets.flatten(0, 1))[0].dtype == torch.float64
+
+
 def test_the_head_is_asked_at_the_answers_only(m):
     inputs, targets, _ = random_batch(m)
     inputs, targets = inputs.flatten(0, 1), targets.flatten(0, 1)
@@ -339,7 +352,14 @@ def test_loading_and_starting_from_a_checkpoint(m, trained, monkeypatch, capsys)
         capsys.readouterr()
         model, _ = m.main(m.parse_config(m.Config, m.PRESETS, ["--load", stage, "--prompt", "24=", "--beams", "2"]))
         assert capsys.readouterr().out.startswith("24=")
-    assert any(isinstance(one, m.Detour) for one in m.load_any(m.Config(load="a/dpo-lora"))[0].modules())
+    # Adapters are folded into the matrices: a plain model that computes the same.
+    state = torch.load("a/dpo-lora/ckpt.pt", weights_only=True)
+    folded, cfg, _ = m.load_any(m.Config(load="a/dpo-lora"))
+    adapted = m.choose_carrier(m.build_model(cfg), "lora", 8)
+    adapted.load_state_dict(state["model"])
+    assert not any(isinstance(one, m.Detour) for one in folded.modules())
+    ids = torch.tensor([[6, 7, 2]])
+    torch.testing.assert_close(folded(ids), adapted(ids), rtol=1e-4, atol=1e-4)
     m.main(m.parse_config(m.Config, m.PRESETS, ["--load", "a/sft", "--no-compare", "--loss", "ipo", "--max-steps", "2",
                                                 "--pairs", "100", "--out", "d"]))
     assert not (folder / "d" / "sft").exists() and (folder / "d" / "dpo" / "ckpt.pt").is_file()
@@ -378,6 +398,18 @@ def test_own_preferences_in_a_file(m, tmp_path, tiktoken_cache, monkeypatch, cap
         "--sft-steps", "3", "--max-steps", "12", "--eval-every", "6", "--max-new-tokens", "3", "--block-size", "80"]))
     results = json.loads((tmp_path / "runs" / "dpo" / "summary.json").read_text())["results"]
     assert results["pair_accuracy"]["after"] >= 0.9 and results["preferred_rate"]["after"] is None
+    # What was trained on instructions is asked with their template, whatever --data says.
+    asked = []
+    monkeypatch.setattr(m, "write_text", lambda model, tokenizer, cfg, prompt, *more: asked.append(prompt) or "x")
+    m.main(m.parse_config(m.Config, m.PRESETS, ["--load", "runs/dpo", "--prompt", "Say 3."]))
+    assert asked == [m.instruct_prompt("Say 3.")]
+    (tmp_path / "one.json").write_text(json.dumps([{"instruction": "x", "chosen": "y", "rejected": "z"}]))
+    for args, words in ((["--data", "one.json"], "too few entries"),
+                        (["--data", "my.json", "--block-size", "20"], "too few"),
+                        (["--data", "my.json", "--flip", "0.1"], "--flip is for the toy task"),
+                        (["--load", "runs/dpo", "--data", "numbers"], "another kind of data")):
+        with pytest.raises(SystemExit, match=words):
+            m.main(m.parse_config(m.Config, m.PRESETS, args))
 
 
 @pytest.mark.parametrize("args, words", [

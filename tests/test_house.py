@@ -751,10 +751,43 @@ def trace_dpo(m, tmp_path, fixed):
     (tmp_path / "x.json").write_text(json.dumps([{"instruction": "x", "chosen": "y", "rejected": "z"}]))
 
 
+def trace_ppo_grpo(m, tmp_path, fixed):
+    import torch
+
+    fixed.update(C=24, H=6, D=10, F=50)
+    small = dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, head_size=10, ffn_size=50, block_size=31, max_steps=2,
+                 eval_every=2, batch_size=97, device="cpu", rope_factor=8.0, prompts=5, group=3, samples=7,
+                 grpo_updates=2, ppo_updates=2, reinforce_updates=2, kl_beta=0.1)
+    m.find_reward = lambda spec: lambda prompt, answer: float(len(answer) % 3)
+    m.score_answers.__globals__["exact_reward"] = None
+    judge = m.score_answers
+    m.score_answers = lambda reward, prompts, answers: judge(reward, prompts, [
+        "x" * (i % 2 + (i < 6)) if i < 9 else "y" for i in range(len(prompts))])
+    out = str(tmp_path / "numbers")
+    for variant in ("grpo", "dapo", "dr_grpo"):
+        m.main(m.Config(**small, variant=variant, method="all" if variant == "grpo" else "grpo", out=out))
+    m.main(m.Config(load=out, prompt="12=", beams=2, max_new_tokens=5, device="cpu"))
+    m.exact_reward = lambda prompt, answer: 0.0
+    model = m.build_model(m.Config(**{**small, "vocab_size": 83}))
+    fixed["V"] = 83
+    ids, mask = torch.randint(83, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    with torch.no_grad():
+        model(ids, mask)
+        cache = m.KVCache(model.cfg, 5, 16, like=model.lm_head.weight)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            model(piece, cache=cache)
+    m.generate(model, ids, 4, mask=mask, temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, eos_ids=(1,))
+    m.generate(model, ids, 29, mask=mask)
+    m.beam_search(model, ids, 3, mask=mask, num_beams=4, n_best=2, eos_ids=(1,))
+    m.times(torch.randn(17, 24), torch.randn(31, 24))
+
+
 SCENARIOS = {"decoder_only": trace_decoder_only, "encoder_only": trace_encoder_only,
              "encoder_decoder": trace_encoder_decoder, "llama3": trace_llama3, "qwen3_moe": trace_qwen3_moe,
              "kv_cache": trace_kv_cache, "flash_attention": trace_flash_attention, "toy_dataset": trace_toy_dataset,
-             "lora_qlora": trace_lora_qlora, "dpo": trace_dpo}
+             "lora_qlora": trace_lora_qlora, "dpo": trace_dpo,
+             "ppo_grpo": trace_ppo_grpo}
 
 
 # ---------------------------------------------------------------------------------------- a script on its own
@@ -782,6 +815,10 @@ ALONE = {
     "dpo": ("--sft-steps 400 --sft-batch-size 64 --max-steps 20 --eval-every 10 --pairs 150 --no-compare",
             ["sft/metrics.jsonl", "sft/ckpt.pt", "dpo/metrics.jsonl", "dpo/ckpt.pt", "dpo/preferences.jsonl",
              "summary.json", "sample.txt", "curve.png", "preferences.png"]),
+    "ppo_grpo": ("--max-steps 250 --batch-size 64 --samples 40 --prompts 10 --group 4 --grpo-updates 3 --ppo-updates 3 "
+                 "--reinforce-updates 3",
+                 ["sft/metrics.jsonl", "sft/ckpt.pt", "ppo/ckpt.pt", "grpo/ckpt.pt", "reinforce/ckpt.pt",
+                  "summary.json", "sample.txt", "curve.png", "learning.png"]),
 }
 
 

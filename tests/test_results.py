@@ -23,7 +23,8 @@ def test_readme_quotes_the_results(record):
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
-                                    "kv_cache", "flash_attention", "lora_qlora", "bpe_tokenizer", "toy_dataset"])
+                                    "kv_cache", "flash_attention", "lora_qlora", "dpo", "ppo_grpo", "bpe_tokenizer",
+                                    "toy_dataset"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
@@ -49,7 +50,8 @@ def test_results_name_machine_and_seeds(record):
     ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
     ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
     ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m"),
-    ("flash_attention", "shakespeare", "laptop"), ("lora_qlora", "numbers", "laptop")])
+    ("flash_attention", "shakespeare", "laptop"), ("lora_qlora", "numbers", "laptop"),
+    ("dpo", "numbers", "laptop"), ("ppo_grpo", "numbers", "laptop")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
     import sys
@@ -128,6 +130,19 @@ def test_bounds(record):
     for step in json.loads((ROOT / "results" / "peers_lora_qlora.json").read_text())["results"]["step"]:
         assert step["width"] >= 512 and step["tokens"] >= 1024
         assert step["lora_to_full"] <= 0.8 and step["lora_to_peft"] <= 1
+    runs = record.results("dpo")["numbers"]
+    assert len(runs) == 5
+    for run in runs:
+        preferred, correct = run["results"]["preferred_rate"], run["results"]["correct_rate"]
+        assert preferred["after"] >= 0.95 and correct["after"] >= 0.98 * correct["before"]
+        assert preferred["after"] > preferred["control"] + 0.3 and run["results"]["dpo_seconds"] <= 60
+    assert json.loads((ROOT / "results" / "peers_dpo.json").read_text())["results"]["time_ratio"] <= 0.8
+    runs = record.results("ppo_grpo")["numbers"]
+    assert len(runs) == 5
+    for run in runs:
+        for accuracy in (run["results"]["accuracy"], run["results"]["accuracy_greedy"]):
+            assert accuracy["sft"] <= 0.4 and min(accuracy["ppo"], accuracy["grpo"]) >= 0.95
+        assert max(run["results"]["method_seconds"].values()) <= 60
 
 
 def test_pictures_and_links_exist():
