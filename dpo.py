@@ -461,10 +461,10 @@ def sequence_logps(logits, targets):
     #    ones. (IPO as its authors run it, and SimPO, do divide, and say so.)
     # ln p = logit - logsumexp, at the targets only. Trap: log_softmax first and gather then: it writes B*T*V numbers to
     # keep B*T of them, 4 GB for 16 answers of 512 tokens and V = 128,256.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))       # (B, T, V)
+    # Trap: all this in bfloat16, whose steps near 8 are 0.03: as large as the differences that are learned from.
     # Trap: counting the prompt. It is the same on both sides and cancels in DPO; but not in means over tokens (IPO,
     # SimPO), and not in the NLL term.
-    # Trap: all this in bfloat16, whose steps near 8 are 0.03: as large as the differences that are learned from.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))       # (B, T, V)
     counts = targets != IGNORE                                                 # (B, T)
     chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]        # (B, T)
     logps = (chosen - logits.logsumexp(-1)) * counts                           # (B, T)
@@ -1430,8 +1430,9 @@ def preference_stage(policy, cfg, name, data, loss_fn, carrier, extra, look):
                          lr={"head": cfg.lr, "all": cfg.body_lr, "lora": cfg.lora_lr}[carrier], weight_decay=0.0)
     if looks[-1]["step"] != cfg.max_steps:  # a checkpoint is written before its step is looked at
         looks.append({"step": cfg.max_steps} | look())
+    # log has an entry per micro-step (under torchrun: of this rank's pairs); a row is the mean over ten steps.
     rows, size = [], 10 * cfg.grad_accum
-    for start in range(0, len(log), size):  # micro-steps; a row per ten steps
+    for start in range(0, len(log), size):
         part = log[start:start + size]
         rows.append({"step": min(start // cfg.grad_accum + 10, cfg.max_steps)}
                     | {key: statistics.mean(float(one[key]) for one in part) for key in part[0]})

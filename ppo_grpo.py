@@ -1869,6 +1869,7 @@ def main(cfg):
         text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, stream(tokenizer))
         print(text if cfg.beams > 1 else "")  # sampled text was streamed; the best beam is known at the end only
         return model, cfg
+    # What can fail fails here, before anything is written.
     methods = WAYS if cfg.method == "all" else (cfg.method,)
     if cfg.load and any(start.resolve() == (Path(cfg.out) / name / "ckpt.pt").resolve() for name in methods):
         sys.exit(f"error: --load {cfg.load}: this run would write over {start}; give it another --out")
