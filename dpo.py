@@ -1910,11 +1910,15 @@ def main(cfg):
         return model, cfg
 
     # --- data, and what can go wrong with it
+    here, loaded = Path(cfg.out).resolve(), Path(cfg.load).resolve()
+    if cfg.load and (loaded == here or here in loaded.parents) and loaded.relative_to(here).parts[:1] != ("sft",):
+        sys.exit(f"error: --load {cfg.load}: this run would write over it; give it another --out")
     toy = cfg.data == "numbers"
     tokenizer = tokenizer or make_tokenizer({"kind": "numbers" if toy else "gpt2"})
     if (tokenizer.spec["kind"] == "numbers") != toy or (toy and cfg.block_size < 20):
         sys.exit("error: --data numbers needs --block-size 20 or more" if toy and cfg.block_size < 20 else
                  f"error: --load {cfg.load}: a model of another kind of data than --data {cfg.data}")
+    # Combinations that make no sense, each told in one line.
     if cfg.flip and not toy:
         sys.exit("error: --flip is for the toy task: real pairs are taken as they are")
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or tokenizer.n_vocab)

@@ -182,8 +182,9 @@ class Config:
 # Q: How do I choose rank, alpha and the rate?
 # A: Fix alpha (16 here and in QLoRA's paper), take R between 8 and 64 (small data, small R), and search over the rate
 #    alone: adapters want a larger one than full fine-tuning, about ten times in large models ("LoRA without regret").
-#    If the training loss stalls above that of full fine-tuning, double R. The rates below are the best of three each,
+#    If the training loss stalls above that of full fine-tuning, double R. The rates above are the best of three each,
 #    a factor of two apart (runs `lower` and `higher` in results/lora_qlora.json).
+#
 # Defaults for a base from elsewhere (--checkpoint): fields at their default above take these values. The rate is
 # that of QLoRA's paper, for full fine-tuning a tenth of it. Published models want small steps: they have more to lose.
 CHECKPOINT = dict(rank=16, lora_dropout=0.05, lr=2e-4, full_lr=2e-5, beta2=0.999, max_steps=300,
@@ -680,7 +681,7 @@ def quantise_nf4(weight, double_quant=True):
     y, nested = blocks_of(absmax - offset, 256)                                # (G, 256), (G)
     # -1 .. 1 becomes one of 65,536 steps first, and that the nearest value: the library's CPU code behaves as if it had
     # a table of so many entries. Without this a scale near the middle of two values may get the other one (tests tell).
-    steps = ((y / nested.clamp(min=1e-38)[:, None] + 1) * 32767.5 + 0.5).int() # (G, 256)
+    steps = ((y / nested.clamp(min=1e-38)[:, None] + 1) * 32767.5 + 0.5).int()  # (G, 256)
     values = tables(x.device)[1]                                               # (256)
     bytes_ = torch.bucketize(steps / 32767.5 - 1, (values[1:] + values[:-1]) / 2, out_int32=True)  # (G, 256)
     return {"codes": packed, "absmax": bytes_.to(torch.uint8).flatten()[:len(absmax)], "nested_absmax": nested,

@@ -489,8 +489,7 @@ def build_model(cfg):
 # Sampling cannot be differentiated, but the expectation can:
 #
 #     grad E[r(y)] = E[ r(y) * grad ln p(y) ]      (REINFORCE, Williams 1992): what imitation does, weighted by reward
-#     subtract any b that does not depend on y:    E[ (r(y) - b) * grad ln p(y) ] is the same; near E[r] it has less
-#    noise
+#     = E[ (r(y) - b) * grad ln p(y) ]             for any b that does not depend on y; b near E[r] means less noise
 #     the factor A = r - b is the advantage        better than expected: up; worse: down
 #     E_now[A] = E_old[ratio * A]                  ratio = p_now / p_old: an older policy's answers, reweighted
 #
@@ -605,8 +604,7 @@ def aggregate(losses, mask, how, longest):
 def k3(logps, ref_logps):
     """exp(d) - d - 1 with d = ref - now, per token (B, N): an estimate of KL(now || ref), never negative."""
     # Its mean is the KL, with less noise than k1 = -d (Schulman 2020, "Approximating KL divergence"). As a loss it has
-    # the gradient of KL(ref || now), the other direction; k1 in the reward, as PPO has it below, that of KL(now ||
-    # ref).
+    # the gradient of KL(ref || now), the other direction; k1 in the reward, as PPO has it below, of KL(now || ref).
     d = ref_logps - logps                                                      # (B, N)
     return d.exp() - d - 1                                                     # (B, N)
 
@@ -1294,14 +1292,16 @@ def learn_from_reward(agent, reference, cfg, method, tokenizer, reward, extra, l
                 batch, rewards = join_batches(pool, count * group)
             # Equal rewards everywhere (in every group): there is no better and no worse. An update would only be Adam's
             # momentum and, with a KL, a pull back to the reference, so none is made.
-            equal = not bool(spread.any()) if group > 1 else bool((rewards == rewards[0]).all())
+            equal = bool((rewards == rewards[0]).all())
+            if group > 1:  # in all that was sampled, not only in the last attempt
+                equal = not any(bool(mixed.any()) for _, mixed in seen)
             dull = dull + 1 if equal else 0
             metrics = {"reward": torch.cat([one for one, _ in seen]).mean().item(),
                        "mixed_groups": torch.cat([one for _, one in seen]).float().mean().item() if group > 1 else 1.0}
             if dull >= 10 and not any("kl" in row for row in rows):
                 bar.close()
-                sys.exit(f"error: every answer of the first ten rollouts got the reward {rewards[0].item():g}: nothing "
-                         f"can be learned from a constant; the policy is as it was")
+                sys.exit(f"error: in ten rollouts no two answers that are compared got different rewards (the last: "
+                         f"{rewards[0].item():g}): nothing can be learned from a constant; the policy is as it was")
             if not dull:
                 warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps)) * (1 - step / updates)  # up, then linearly to 0
                 for param_group, lr in zip(optimizer.param_groups, rates.values(), strict=True):
@@ -1344,7 +1344,7 @@ def update(agent, reference, optimizer, batch, rewards, cfg, method, epochs, gro
     with torch.no_grad():
         # Log-probs under the policy that wrote the answers (old) and under the reference, scored once, by the code that
         # scores them in the loss. Trap: keeping the log-probs of the sampling loop: a cached, batched decode rounds
-        # differently, and in bfloat16 that is a ratio of 0.9 or 1.1 where it should be 1.
+        # differently, and the ratio is not 1 where it should be.
         old_logps, old_values = agent(batch, cfg.rollout_temperature)          # (B, N), (B, N)
         ref_logps, _ = reference(batch, cfg.rollout_temperature)               # (B, N)
         if method == "ppo":

@@ -365,6 +365,14 @@ def test_loading_and_starting_from_a_checkpoint(m, trained, monkeypatch, capsys)
     assert not (folder / "d" / "sft").exists() and (folder / "d" / "dpo" / "ckpt.pt").is_file()
 
 
+def test_a_run_does_not_write_over_what_it_loads(m, trained, monkeypatch):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    for load in ("a", "a/dpo", "a/dpo-all/ckpt.pt"):
+        with pytest.raises(SystemExit, match="would write over it; give it another --out"):
+            m.main(m.parse_config(m.Config, m.PRESETS, ["--load", load, "--out", "a"]))
+
+
 def test_resume_repeats_the_run(m, trained):
     folder, _ = trained
     process = subprocess.Popen([sys.executable, "-I", m.__file__, *SHORT, "--out", "b"], cwd=folder,

@@ -482,6 +482,23 @@ def test_dapo_samples_until_groups_are_mixed(m, monkeypatch, mixed, rollouts):
     assert (rewards.view(-1, 4).amin(1) == 0).all() and (rewards.view(-1, 4).amax(1) == 1).all()
 
 
+def test_dapo_uses_what_an_earlier_attempt_found(m, monkeypatch):
+    """Mixed groups in the first rollout of an update only, none in the three after it: they are learned from."""
+    agent, judged, used = agent_of(m), [], []
+    cfg = config(m, method="grpo", variant="dapo", prompts=20, group=4, grpo_updates=1, out="nowhere")
+    monkeypatch.setattr(m, "save_checkpoint", lambda *args: None)
+    monkeypatch.setattr(m, "write_atomically", lambda *args: None)
+
+    def judge(reward, prompts, answers):
+        judged.append(torch.ones(20, 4))
+        judged[-1][:5 if len(judged) == 1 else 0, 0] = 0.0
+        return judged[-1].flatten()
+    monkeypatch.setattr(m, "score_answers", judge)
+    monkeypatch.setattr(m, "update", lambda *args: used.append(args[4]) or {"kl": 0.0})
+    m.learn_from_reward(agent, agent_of(m, 1), cfg, "grpo", m.ToyTokenizer(), None, {"identity": ""}, lambda: {})
+    assert len(judged) == 4 and len(used) == 1 and len(used[0]) == 20
+
+
 def test_a_run_does_not_write_over_what_it_loads(m, trained, monkeypatch):
     folder, _ = trained
     monkeypatch.chdir(folder)
