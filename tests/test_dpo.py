@@ -415,7 +415,7 @@ def test_own_preferences_in_a_file(m, tmp_path, tiktoken_cache, monkeypatch, cap
     for args, words in ((["--data", "one.json"], "too few entries"),
                         (["--data", "my.json", "--block-size", "20"], "too few"),
                         (["--data", "my.json", "--flip", "0.1"], "--flip is for the toy task"),
-                        (["--load", "runs/dpo", "--data", "numbers"], "another kind of data")):
+                        (["--load", "runs/dpo", "--data", "numbers", "--out", "other"], "another kind of data")):
         with pytest.raises(SystemExit, match=words):
             m.main(m.parse_config(m.Config, m.PRESETS, args))
 
