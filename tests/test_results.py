@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def record():
-    spec = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
+    spec = importlib.util.spec_from_file_location("train_all", ROOT / "train_all.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["train_all"] = module  # its dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 
 
 def test_readme_quotes_the_results(record):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert record.refresh_readme(text) == text, "README.md is stale: python benchmarks/record.py --readme"
+    assert record.refresh_readme(text) == text, "README.md is stale: python train_all.py --readme"
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
@@ -28,7 +30,7 @@ def test_readme_quotes_the_results(record):
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
-        f"{script}.py is stale: python benchmarks/record.py --readme")
+        f"{script}.py is stale: python train_all.py --readme")
 
 
 def test_a_stale_number_is_noticed(record):
@@ -41,8 +43,18 @@ def test_results_name_machine_and_seeds(record):
     for script in record.RUNS:
         kept = json.loads((ROOT / "results" / f"{script}.json").read_text(encoding="utf-8"))
         assert {"cpu", "threads", "python", "torch"} <= set(kept["environment"])
-        for what, (_, seeds) in record.RUNS[script].items():
-            assert len(kept["runs"][what]) == len(seeds)
+        assert set(kept["runs"]) == set(record.RUNS[script])
+        for what, (_, _, seeds) in record.RUNS[script].items():
+            assert [run["config"].get("seed") for run in kept["runs"][what]] == list(seeds), (script, what)
+
+
+def test_the_quick_pass_was_run(record):
+    """As the table in train_all.py has it now: other arguments would make the README's table somebody else's."""
+    for script, (what, arguments) in record.QUICK_RUNS.items():
+        kept = json.loads((ROOT / "results" / "quick" / f"{script}.json").read_text(encoding="utf-8"))
+        assert {"cpu", "threads", "python", "torch"} <= set(kept["environment"])
+        (run,) = kept["runs"][what]
+        assert run["arguments"] == arguments and set(kept["runs"]) == {what}
 
 
 @pytest.mark.parametrize("script, what, preset", [
@@ -54,7 +66,6 @@ def test_results_name_machine_and_seeds(record):
     ("dpo", "numbers", "laptop"), ("ppo_grpo", "numbers", "laptop")])
 def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
     """A default that changed since the measurement makes the quoted figure somebody else's."""
-    import sys
     spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[script] = module
@@ -147,8 +158,9 @@ def test_bounds(record):
 
 def test_pictures_and_links_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    # A line that is linked to is a question, or the definition that a concept is explained by.
     for target in re.findall(r"\]\(([^)#]+)(?:#L(\d+))?\)", text):
         assert (ROOT / target[0]).exists(), target
         if target[1]:
             line = (ROOT / target[0]).read_text(encoding="utf-8").splitlines()[int(target[1]) - 1]
-            assert line.strip().startswith("# Q:"), target
+            assert line.strip().startswith(("# Q:", "def ", "class ")), target
