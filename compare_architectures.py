@@ -47,6 +47,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+# The scripts that are compared, used as libraries: their models, data, training and decoding are what a reader has read
+# there. Nothing of it is written again here; the copies would be compared, not the originals.
 import decoder_only
 import encoder_decoder
 import encoder_only
@@ -76,6 +78,7 @@ class Config:
     ablate: bool = False              # also measure the changes between GPT-2 and Qwen3 MoE, one by one
 
     def __post_init__(self):
+        # What is wrong in the command should be said now and not after half an hour of training.
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -138,6 +141,20 @@ def parse_config(cls, presets, argv=None):
         sys.exit(f"error: {problem}")
     cfg.given = frozenset(given)  # a flag that repeats a default was still asked for: --resume must not ignore it
     return cfg
+
+
+# What one would expect, before anything is measured. Compare it with what comes out; where it differs, learn.
+#     translate   A decoder reads "40215=" from the left, and has seen all digits when it writes the first word: nothing
+#    is
+#                 lost. T5 has separate weights for reading and writing, half as many for each. BERT must agree with
+#                 itself: ten blanks are guessed, and words that are likely alone need not fit together.
+#     match       Comparing two halves is easiest when each sees the other in every layer: BERT. A decoder's second half
+#                 sees the first, not the other way round, and one token has to sum up.
+#     review      6,200 sentences are too few to learn English from: hardly any difference, all near a bag of words.
+#     text        Rotary positions and SwiGLU help, grouped queries cost a little; a mixture has the same weights but
+#    each
+#                 token uses half of them.
+#     speed       A decoder's cache makes a token cheap. BERT has none: ten rounds, each over the whole row.
 
 
 # --- 2. Model: equal size, the sum of its work, and the walk between two architectures -------------------------------
@@ -235,9 +252,19 @@ def row_flops(name, cfg, S, T, M):
     return T * 2 * L * (2 * C * inner + 2 * C * shared + mlp) + L * 4 * T * T * inner + M * 2 * V * C
 
 
-# The walk. GPT-2 and Qwen3 MoE differ in seven things; to see what each is worth, change one at a time. No script can
-# do that, so here is one model whose parts can be exchanged. With no change it is decoder_only.py's GPT, with the first
-# four llama3.py's Llama, with five Qwen3, with all its mixture: tests hold its logits to theirs.
+# The walk. GPT-2 and Qwen3 MoE differ in six steps; to see what each is worth, take one at a time. No script can do
+# that, so here is one model whose parts can be exchanged. With no change it is decoder_only.py's GPT, with the first
+# four llama3.py's Llama (heads tied, as in its small sizes), with five Qwen3, with all its mixture: tests hold its
+# logits to theirs.
+#     rms      LayerNorm -> RMSNorm, and every bias goes      Zhang & Sennrich 2019      two vectors fewer per norm
+#     rope     learned positions -> rotations of q and k      Su et al. 2021             a table fewer, distances for
+#    free
+#     gqa      4 key/value heads -> 2                         Ainslie et al. 2023        half of the cache
+#     swiglu   gelu(x W) -> silu(x W1) * (x W2)               Shazeer 2020               three matrices, each narrower
+#     qk       RMSNorm on every q and k head                  Henry et al. 2020          bounded scores: against spikes
+#     moe      one feed-forward layer -> 2 of 4 experts       Shazeer et al. 2017        half of the work per token
+# What such a walk cannot say: how changes work together in another order, at another size, after a thousand times as
+# many tokens. Grouped queries and mixtures are made for sizes where memory and arithmetic are what one pays for.
 WALK = {"GPT-2": (), "RMSNorm, no biases": ("rms",), "RoPE": ("rms", "rope"), "GQA": ("rms", "rope", "gqa"),
         "SwiGLU (Llama 3)": ("rms", "rope", "gqa", "swiglu"),
         "QK-norm (Qwen3)": ("rms", "rope", "gqa", "swiglu", "qk"),
@@ -338,6 +365,9 @@ def build_walk(changes, cfg):
 
 # --- 3. Objective: what the scripts do not have ----------------------------------------------------------------------
 # Next token, masked token and target given source are the scripts' own. Two forms are missing there.
+#
+# A loss function gets the model, a batch and the settings, and returns a sum and a count, so that train() can divide
+# once.
 def unmask_loss(model, batch, cfg):
     """BERT as a writer: of the ten blanks of a row a random share is hidden, from one to all. -> (sum, how many, {}).
 
@@ -354,6 +384,11 @@ def unmask_loss(model, batch, cfg):
     return F.cross_entropy(logits, ids[chosen], reduction="sum"), chosen.sum(), {}
 
 
+# Q: An encoder or a decoder to classify texts?
+# A: Small and fresh: see what comes out here. Pre-trained: an encoder of 0.1 billion weights does the work of a decoder
+#    of many times that size, in milliseconds, for it was trained on nothing but understanding. A large decoder needs no
+#    training for a new task at all: describe the classes in the prompt. Few texts and no labels: the decoder. Millions
+#    of texts a day: the encoder, perhaps trained on what the decoder said.
 def answer_loss(model, batch, cfg):
     """A decoder as a judge: the token behind a row's last one is the verdict. batch = (ids (B, T), verdict id (B))."""
     # The last token has seen the whole row, so it can say what [CLS] says in BERT. What the causal mask costs: "forty"
@@ -370,11 +405,21 @@ def answer_loss(model, batch, cfg):
 def verdict_logits(model, ids):
     """What a decoder says behind the last real token of each row. ids (B, T), pads (0) on the right -> (B, V)."""
     # Trap: position -1. In a padded row that is a pad, and the answer depends on the longest row of the batch.
+    # hidden() and the head apart: V logits for B positions and not for B*T, which in reviews is 40 times as many.
     last = (ids != 0).sum(1) - 1
     return model.lm_head(model.hidden(ids)[torch.arange(len(ids)), last])
 
 
 # --- 4. Data: each task in each model's natural form -----------------------------------------------------------------
+#                  BERT                             decoders                           T5: source -> target
+#     translate    [CLS] 4 2 [SEP] [M] x 10         4 2 = forty two \n                 4 2 \n -> forty two \n
+#                  -> forty two \n \n \n ...       (words and \n are asked)
+#     match        [CLS] 4 2 [SEP] forty six [SEP]  the same, then <yes> or <no>       the same -> <yes> or <no>
+#                  -> class 0 or 1
+#     review       [CLS] a fine film [SEP]          the same, then <yes> or <no>       the same -> <yes> or <no>
+#     text         -                                64 characters, each asked          32 characters -> the next 32
+# The rows of a task hold the same text in all forms; none sees more of it than another.
+#
 # Held-out rows are split once more: by `choose` the best learning rate is found, on `test` the result is measured.
 # Trap: doing both on the same rows. Who tries more rates then gets the better result, by luck alone.
 @functools.cache
@@ -406,6 +451,11 @@ def blank_rows(numbers, tokenizer):
     return ids, encoder_only.second_half(ids, tokenizer), torch.zeros(len(ids), dtype=torch.long)
 
 
+# Q: Why is writing with an encoder slow, when it fills all blanks at once?
+# A: At once it fills them badly: "forty" and "four" may both be likely for the first place, "hundred" and "thousand"
+#    for the second, and no blank knows what another took. Going one by one mends that and costs a pass over the whole
+#    row each, since every token's vector depends on every blank: nothing can be cached. Ten words are ten passes over
+#    18 tokens; a decoder's ten steps are passes over one token each, with the past in its cache.
 def write_names(model, tokenizer, numbers, rounds=10):
     """BERT writes: ten blanks behind each number, filled in `rounds` passes, the surest first. -> [name]."""
     # A row per number, all of them at once, padded on the right; segment 1 marks the blanks, as in training.
@@ -569,6 +619,9 @@ def code_of(task, model):
     return encoder_only.sha256_of_text(known)[:16]
 
 
+# A cell is one training: a dict of everything that decides its result, plain data, so that it can be sent to a worker,
+# written into a file and compared with one that was written months ago. Equal dicts, equal results: nothing is trained
+# twice. (Delete --out to train everything again, for instance to see that this is true.)
 def finished(cell):
     """What run_cell left for exactly this cell in an earlier run, or None."""
     kept = Path(cell["out"]) / "cell.json"  # written last, and atomically: where it is, the training was completed
@@ -583,7 +636,7 @@ def run_cell(cell):
     on one thread: a matrix of 64 x 64 is too little to share out, two runs side by side are nearly twice the work.
     """
     folder = Path(cell["out"])
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # here and not in the environment: the worker is already running, its threads are not
     folder.mkdir(parents=True, exist_ok=True)
     # What the script prints goes to a file: two trainings at once would talk into each other.
     with (open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log),
@@ -605,10 +658,17 @@ def run_cell(cell):
     return row
 
 
+# Q: Why do architectures want different learning rates?
+# A: A rate says how far a weight moves per step, and what that does to the output depends on the path behind it. With
+#    the norm behind the sum (BERT's post-norm) gradients near the output are large at the start, and high rates throw
+#    the model off (Xiong et al. 2020, arXiv 2002.04745); norms in front of each branch and on q and k bound what a step
+#    can do, and such models take higher ones. The left panel of each picture shows it.
+#
 # Two waves. First every model at every rate, with one seed: rates differ by far more than seeds. Then the other seeds
 # for each model's best rate: 3 rates + 2 seeds are 5 trainings per model and task instead of 9.
 def plan(cfg, task, models):
     """The first half of the work: every model at every rate, on the first seed. -> list of cells."""
+    # A quick run keeps all but the number of steps, rates and seeds: the same code, the same sizes, weaker sentences.
     steps = TASKS["text" if task == "ablate" else task]["max_steps"]
     if cfg.quick:
         steps = QUICK.get(task, QUICK["text"])
@@ -632,6 +692,9 @@ def with_seeds(rows, seeds):
             for row in best.values() for seed in range(2, seeds + 1)]
 
 
+# Processes and not threads: PyTorch's global seed, OpenMP's threads and sys.stdout belong to a process, and two
+# trainings in one would share them. A worker stays alive for all its cells, so torch is imported once and not 150
+# times.
 def train_all_cells(cfg, cells, bar):
     """Run the cells, cfg.jobs at once. -> their rows, in the cells' order. Ctrl-C keeps what is finished."""
     # spawn: a fresh Python per worker. Trap: fork copies a process whose threads (OpenMP's) are not copied, and hangs.
@@ -666,8 +729,13 @@ def train_all_cells(cfg, cells, bar):
 THREADS = 2  # of all timings
 
 
+# What a training step holds, in the order in which it grows: weights, AdamW's two averages (as large as the weights
+# each; both are there before the step and not counted), activations of every layer until backward has used them, and
+# gradients, which take their place. With 128 rows activations are 20 times the weights here; in a large model with
+# short rows it is the other way round.
 def training_memory(step):
     """Largest sum of tensors (bytes) that step() held at once, on top of what was there before."""
+    # Within one operation only the change at its end is seen: scratch memory that a kernel takes and returns is not.
     # The profiler notes what every operation took and gave back. In the order of time the running sum has a maximum.
     # Trap: the process's peak (ru_maxrss). It never falls, and 300 MB of it are PyTorch itself.
     # (The profiler writes a line about itself to the error stream, below Python's own: hence the detour.)
@@ -690,6 +758,7 @@ def training_memory(step):
 
 def cache_per_token(name, model, ids):
     """-> (bytes that writing one more token adds to the cache, bytes per source token), from real caches; float32."""
+    # Taken from a cache that was really made, not from the formula 2 * layers * kv_heads * head_size * bytes.
     # float32 here; in the bfloat16 of a server half of it. Llama's columns are half of GPT-2's: K = 2 of H = 4 heads.
     # T5 keeps the written tokens' columns, and for each layer the source's keys and values, which do not grow.
     script = MODELS[name][0]
@@ -705,6 +774,7 @@ def cache_per_token(name, model, ids):
 
 def writing_times(task, name, model, prompts):
     """-> (seconds to the first token, seconds per further token, seconds for the whole answer): medians."""
+    # Greedy, one row, no batching: each model writes by its own script's generate(), with its own cache.
     # Two numbers, because users feel two things: how long until something appears, and how fast it goes on. The first
     # grows with the prompt (it is read in one pass), the second with the model (each token reads all weights once).
     # At these sizes it is neither: a few dozen small kernels per token, started one by one.
@@ -779,7 +849,8 @@ def costs_of(cfg, task, rows):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         steps[name], asked[name] = step, (model, config, ready)
-    # Turns: a machine that slows down for ten seconds slows down everybody.
+    # Turns: a machine that slows down for ten seconds slows down everybody. The median of 11 turns of three steps: a
+    # mean would count the moment in which something else woke up.
     times = {name: [] for name in steps}
     for turn in range(3 if cfg.quick else 12):
         for name, step in steps.items():
@@ -792,7 +863,7 @@ def costs_of(cfg, task, rows):
         model, config, ready = asked[name]
         out[name]["train_tokens_per_second"] = config.batch_size * ready["tokens"] / statistics.median(times[name])
         out[name]["memory_mb"] = training_memory(step) / 1e6
-    # Use: one request at a time, models taking turns here as well.
+    # Use: one request at a time, models taking turns here as well, the first turn again for warming up.
     uses = {name: [] for name in steps}
     T = TASKS[task]["block_size"]
     for turn in range(3 if cfg.quick else 9):
@@ -850,6 +921,7 @@ def level(a, b):
     return min(a) <= max(b) and min(b) <= max(a)
 
 
+# Plain means: of three seeds a median would be one of them, and the other two would not count.
 def mean(values):
     return sum(values) / len(values)
 
@@ -859,7 +931,7 @@ def ranking(entries, key, higher, form):
     # Who has no such number is not ranked. "Level" is meant with the best; those behind may be level with each other.
     known = {name: entry[key] for name, entry in entries.items() if entry[key]}
     order = sorted(known, key=lambda name: mean(known[name]), reverse=higher)
-    best = order[0]
+    best = order[0]  # by the mean over seeds
     tied = [name for name in order[1:] if level(known[name], known[best])]
     others = [f"{name} {form(mean(known[name]))}" for name in order[1:] if name not in tied]
     text = f"{best} is best with {form(mean(known[best]))}"
@@ -867,10 +939,18 @@ def ranking(entries, key, higher, form):
     return text + (f"; behind {listed(others)}." if others else ".")
 
 
+# "A", "A and B", "A, B and C".
 def listed(words):
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+# Q: A table says that A beats B. What do you ask before you believe it?
+# A: Same parameters, same tokens, same search over rates for both? How many seeds, and do their ranges touch? Were
+#    rates chosen on the rows that are reported? Is the task neither solved nor hopeless for both? Was the baseline run
+#    here, or copied from a paper? And last: is the size at which it was measured the size at which you need it?
+#
+# A sentence that somebody typed is true until the next run. These are made anew with every run, by the same rules for
+# every model: the order by the means, "level" by ranges that touch, and a warning where a rate lies at the edge.
 def conclusions(task, entries, costs, cfg):
     """-> sentences about one task, computed from its numbers."""
     # Accuracies: more is better, written in per cent. Bits: fewer are better.
@@ -907,6 +987,7 @@ def conclusions(task, entries, costs, cfg):
     return out
 
 
+# Lowest to highest, in brackets: with three seeds that is all there is to say about luck.
 def spread(values, form):
     """'97.1% (96.4% to 97.8%)', or '97.1%' with one seed; '-' without."""
     if not values:
@@ -914,6 +995,19 @@ def spread(values, form):
     return form(mean(values)) + (f" ({form(min(values))} to {form(max(values))})" if len(values) > 1 else "")
 
 
+# How to read the columns:
+#     parameters        those in embedding tables + all others. Equal in sum, within 5 % of GPT-2's
+#     kFLOPs per token  thousand operations of a forward pass over a full row, divided by its tokens. T5's are about
+#    half:
+#                       a token passes through one of two stacks
+#     training          tokens of the task's text per second, forward + backward + update; the same text for all, so
+#                       these are ratios of steps per second
+#     training step     memory that one step needs on top of weights and optimizer
+#     first token       from the request to the first token of the answer, one request at a time
+#     further token     each token after that: what a cache makes cheap
+#     cache             bytes that one more token adds to what must be kept; T5 also keeps the source, once
+#     quality           on rows that neither training nor the choice of the rate has seen: mean (lowest to highest seed)
+#     best rate         the learning rate chosen for this model
 def table(task, entries, costs):
     """-> rows of one task's table, list of lists of str, the head first."""
     # Costs first, quality last, where the eye ends. The walk has no costs: its parts are timed in their own scripts.
@@ -957,6 +1051,7 @@ NOTES = {
 
 def markdown(found, cfg):
     """All tables, with sentences, as Markdown."""
+    # README.md takes this text as it is, between its markers: one source for terminal, file and page.
     lines = []
     for task, one in found.items():
         rows = one["table"]
@@ -968,6 +1063,7 @@ def markdown(found, cfg):
 
 def in_columns(rows):
     """A table for the terminal."""
+    # Every column as wide as its widest cell, numbers under their heads.
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)
@@ -976,7 +1072,7 @@ def in_columns(rows):
 def picture(path, task, one):
     """Left: what every rate gave. Right: what every seed gave at the best rate, against the time of one answer."""
     import matplotlib
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws into files; no window, so it works on a server
     import matplotlib.pyplot as plt
     # Okabe & Ito's colours differ in brightness too; markers differ for whoever sees no colour.
     looks = dict(zip(one["models"], zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000"),
@@ -1027,6 +1123,7 @@ def main(cfg):
     """Train, measure, conclude. -> {task: {...}}, the content of compare_architectures.json."""
     start = time.perf_counter()
     tasks = [task for task in TASKS if task in cfg.tasks.split(",") and not (cfg.quick and task not in QUICK)]
+    # A question whose data cannot be had is left out and named; the others are answered all the same.
     if "review" in tasks:
         try:
             labelled("review")
@@ -1077,14 +1174,17 @@ def main(cfg):
             "models": entries, "costs": costs, "table": table(task, entries, costs),
             "conclusions": conclusions(task, entries, costs, cfg)}
         picture(results / f"compare_architectures_{task}.png", task, found[task])
-    # What is new replaces its question's old answer; the other questions' answers stay.
+    # What is new replaces its question's old answer; the other questions' answers stay, so that one question can be
+    # asked again without the others. Written in one piece when all is known: an interrupted run changes no result.
+    # The file as it was is read first; what it says of other questions is kept.
     path = results / "compare_architectures.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
     found = {task: (kept | found)[task] for task in (*TASKS, "ablate") if task in kept | found}
     # Who reads the numbers must know where they come from: processor, threads, versions.
     environment = {"cpu": cpu_name(), "threads": THREADS, "jobs": cfg.jobs, "torch": torch.__version__,
                    "python": platform.python_version(), "system": platform.system()}
-    whole = {"environment": environment, "seconds": round(time.perf_counter() - start), "tasks": found}
+    spent = round(sum(row["seconds"] for row in rows))  # of all trainings, those that were found finished included
+    whole = {"environment": environment, "training_seconds": spent, "tasks": found}
     decoder_only.write_atomically(path, lambda file: file.write((json.dumps(whole, indent=1) + "\n").encode()))
     decoder_only.write_atomically(path.with_suffix(".md"), lambda file: file.write(markdown(found, cfg).encode()))
     for task in members:

@@ -133,6 +133,7 @@ def ask_encoder(model, tokenizer, cfg, name):
     """Hide each token of the pair in turn and let the encoder fill it in. -> lines to print."""
     # The pair as the encoder knows it from training: digits, then the name, each half closed by [SEP].
     words = tokenizer.encode(f"[CLS] {cfg.number} [SEP] {name} [SEP]")
+    # Every token is asked about by itself, with all others in view: the encoder's own kind of question.
     ids = torch.tensor([words])
     segments = encoder_only.second_half(ids, tokenizer)
     lines, right, asked = [], 0, 0
@@ -189,6 +190,7 @@ TEXTS = {
 }
 
 
+# The terminal is as wide as it is; 100 columns fit nearly everywhere and can still be read without a ruler.
 def fill(text, width=100):
     """A paragraph in lines of at most `width` characters."""
     return "\n".join(re.findall(rf".{{1,{width}}}(?:\s|$)", text))
@@ -230,6 +232,7 @@ def main(cfg):
     print(f"The language: {cfg.number} = {name}\n"
           f"One token per digit, one per word. One number in ten is held out for testing; {cfg.number} {seen}\n")
     # The presets are the scripts' own; only the number of steps is chosen so that the tour stays short.
+    # The encoder comes first because its question is the easiest to see, a gap; it also needs the most steps.
     tour = ((encoder_only, "laptop", 1200), (decoder_only, "numbers", 600), (encoder_decoder, "laptop", 600))
     results, histories = {}, {}
     for script, preset, steps in tour:

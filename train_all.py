@@ -174,6 +174,10 @@ RUNS = {
                       "pydocs": ("default", "--data pydocs", (None,))},
     # Trains nothing: prints and counts.
     "toy_dataset": {"default": ("default", "", (1337,))},
+    # The tour and the pictures, which use the scripts above. (The comparison keeps its own results: it takes as long as
+    # everything else together, and has its own search, seeds and journal.)
+    "quick_start": {"default": ("default", "", (1337,))},
+    "visualizations": {"default": ("default", "", (1337,))},
 }
 # script -> (which of the runs above it shortens, arguments): as much learned as half a minute allows. A shorter run is
 # no beginning of the long one: the learning rate falls to its end in either, which is worth more than a few steps.
@@ -196,7 +200,14 @@ QUICK_RUNS = {
     "lora_qlora": ("numbers", "--base-steps 300 --max-steps 60"),
     "dpo": ("numbers", "--sft-steps 600 --no-compare --max-steps 100"),
     "ppo_grpo": ("numbers", "--max-steps 400 --grpo-updates 20 --ppo-updates 20 --reinforce-updates 20"),
+    # A part of the tour's steps; pictures that need no trained model.
+    "quick_start": ("default", "--effort 0.2"),
+    "visualizations": ("default", "--only rope,masks,schedule,softmax"),
 }
+# These are made of the other scripts: when one of those changes, what they showed is of old code too. (Whether a run is
+# still valid is a question about all code that it ran, not about the file that was called. The scripts themselves are
+# easy: they import no other, so their own file is all there is.)
+MADE_OF_ALL = ("quick_start", "visualizations")
 # What measures seconds and memory is measured alone. A second program on the machine takes cores, cache and bandwidth,
 # and the slower of two rungs may then be the one that had company.
 ALONE_RUNS = ("kv_cache", "flash_attention", "bpe_tokenizer")
@@ -531,6 +542,7 @@ def runs_of(which):
 def plan_jobs(cfg, folder):
     """cfg -> the list of jobs. An unknown name in --only ends the program. folder: results, for expected seconds."""
     table, jobs = runs_of(cfg.which), []
+    codes = {script: code_hash(SCRIPTS_AT / f"{script}.py") for script in RUNS}
     # Checked before anything runs: a typo in the last of ten names should not cost the nine runs before it.
     wanted = [name for name in cfg.only.split(",") if name]
     for name in wanted:
@@ -546,7 +558,7 @@ def plan_jobs(cfg, folder):
     share = max(1, cores() // cfg.jobs)
     for script, runs in table.items():
         before = results(script, folder) or {}
-        code = code_hash(SCRIPTS_AT / f"{script}.py")
+        code = "".join(codes.values()) if script in MADE_OF_ALL else codes[script]
         for what, (arguments, seeds) in runs.items():
             if wanted and not {script, f"{script}:{what}"} & set(wanted):
                 continue
@@ -807,6 +819,11 @@ def key_figure(script, run):
     if "bytes_per_token" in got:
         size = max(got["bytes_per_token"], key=int)
         return f"{got['bytes_per_token'][size]:.2f} bytes per token with {int(size):,} tokens"
+    if "encoder_decoder" in got:  # the tour: one figure for each of the three
+        return "names right: " + ", ".join(f"{name} {one['exact_match']:.1%}" for name, one in got.items())
+    # Pictures have no score; how many there are tells at least that none is missing.
+    if "pictures" in got:
+        return f"{got['pictures']} pictures"
     if "floors" in got:
         return f"{len(got['floors'])} floors, the highest {max(got['floors'].values()):.2f} nats"
     return "done" if loss is None else f"val loss {loss:.4f}"
@@ -997,6 +1014,17 @@ def expectation(script, runs, folder=RESULTS):
         return (f"{minutes(first('shakespeare', 'seconds'))} on one CPU core",
                 f"{one['merges']:,} merges on Tiny Shakespeare in {one['train_seconds']:.1f} s, "
                 f"{one['bytes_per_token'][last]:.2f} bytes per token on held-out text with {int(last):,} tokens")
+    if script == "quick_start":
+        tour = runs["default"][0]["results"]
+        return (on_two("default"),
+                "names of unseen numbers exactly right after so short a training: " + ", ".join(
+                    f"{name}.py {one['exact_match']:.1%} in {one['seconds']:.0f} s" for name, one in tour.items())
+                + "; half-trained models err in ways worth looking at")
+    if script == "visualizations":
+        return (on_two("default"),
+                f"{first('default', 'results/pictures')} pictures. The models behind them are small, and most are "
+                f"trained for a part of their usual steps (each picture says how many): read shapes and orders of "
+                f"magnitude, not last digits")
     if script != "toy_dataset":
         raise KeyError(script)
     floors = first("default", "results/floors")
@@ -1026,6 +1054,27 @@ def own_expectation(folder=RESULTS):
             f"{minutes(real)} (sums of the runs, one at a time)")
 
 
+def comparison_expectation(folder=RESULTS):
+    """-> (time for the title line, the Expect paragraph) of compare_architectures.py: its own sentences, word for word.
+
+    The first two of each question: who is best, and who trains fastest. Raises OSError before it was run.
+    """
+    # That file's sentences are computed where its numbers are; repeating the rules here would be a second set of them.
+    # Its time is the sum over all trainings, shared out over those that ran side by side: a run that was interrupted and
+    # continued has no wall time worth quoting.
+    kept = json.loads((Path(folder) / "compare_architectures.json").read_text(encoding="utf-8"))
+    said = " ".join(f"{task}: {' '.join(one['conclusions'][:1])}" for task, one in kept["tasks"].items())
+    return (f"{minutes(kept['training_seconds'] / kept['environment']['jobs'])} on two CPU cores",
+            f"{said} (results/compare_architectures.json)")
+
+
+def comparison_tables(folder=RESULTS):
+    """The tables of compare_architectures.py, as it wrote them; "" before it was run."""
+    # Markdown that is already finished: nothing to compute, so nothing that could differ from the file.
+    path = Path(folder) / "compare_architectures.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
 def put_header(source, script, took, expect):
     """A script's text with another time in its title line and another Expect paragraph.
 
@@ -1044,9 +1093,9 @@ def refresh_header(source, script, runs, folder=RESULTS):
     return put_header(source, script, took, f"{expect} (results/{script}.json)")
 
 
-# In the order in which one would read them: the scripts, a tour through three of them, then what compares, draws and
+# In the order in which one would read them: the scripts, a tour through three of them, then what draws, compares and
 # runs them. What is in no list comes last.
-ORDER = [*RUNS, "quick_start", "compare_architectures", "visualizations", "train_all"]
+ORDER = [*RUNS, "compare_architectures", "train_all"]
 
 
 def in_order():
@@ -1337,7 +1386,7 @@ def hyperparameters(folder=RESULTS):
     Side by side, since the interesting thing about a learning rate is that another script needs another one. A column
     per preset would make forty columns, most of them empty: presets are told by what they change.
     """
-    found = {script: settings_of(script) for script in RUNS}
+    found = {script: settings_of(script) for script in RUNS if script not in MADE_OF_ALL}
     models = [script for script in found if hasattr(found[script][0], "n_layer")]
 
     def show(value):
@@ -1358,8 +1407,8 @@ def hyperparameters(folder=RESULTS):
 
 # A block of the README stands between <!-- begin NAME --> and <!-- end NAME -->, comments that Markdown does not show.
 # All that lies between them is made, all around is written by hand; a marker that is not there switches its block off.
-BLOCKS = {"TABLE": script_table, "OUTPUT": printed, "PEERS": peers, "QUICK": quick_table, "CONCEPTS": concepts,
-          "HYPERPARAMETERS": hyperparameters, "QUESTIONS": questions}
+BLOCKS = {"TABLE": script_table, "OUTPUT": printed, "PEERS": peers, "QUICK": quick_table, "COMPARISON": comparison_tables,
+          "CONCEPTS": concepts, "HYPERPARAMETERS": hyperparameters, "QUESTIONS": questions}
 
 
 def refresh_readme(source, folder=RESULTS, names=tuple(BLOCKS)):
@@ -1389,7 +1438,9 @@ def refresh(folder=RESULTS, names=tuple(BLOCKS), headers=True):
 
     names: which blocks of the README. What cannot be said yet, because a run is missing, stays as it is and is named.
     """
-    for script in [*RUNS, "train_all"] if headers else []:
+    # Two headers that do not follow from one file of runs: a sum over all of them, and the comparison's own.
+    others = {"train_all": own_expectation, "compare_architectures": comparison_expectation}
+    for script in [*RUNS, *others] if headers else []:
         # Nothing recorded at all is no news (a fresh folder); a file that lacks a run is.
         path, runs = SCRIPTS_AT / f"{script}.py", results(script, folder)
         if not path.is_file() or script in RUNS and not runs:
@@ -1397,7 +1448,7 @@ def refresh(folder=RESULTS, names=tuple(BLOCKS), headers=True):
         source = path.read_text(encoding="utf-8")
         try:
             new = (refresh_header(source, script, runs, folder) if script in RUNS
-                   else put_header(source, script, *own_expectation(folder)))
+                   else put_header(source, script, *others[script](folder)))
         except (KeyError, OSError) as missing:
             print(f"{script}.py: its header stays as it is, {missing} was not recorded yet")
             continue

@@ -1290,7 +1290,14 @@ def main(cfg):
         figures[name] = FIGURES[name](models, cfg)
         png, svg = save_figure(figures[name], out, name)
         print(f"{name:<14}{png} {svg.name}\n    {' '.join(figures[name].get_suptitle().split())}", flush=True)
-    print(f"\n{len(figures)} pictures in {out}/, {time.perf_counter() - began:.0f} s. The comment above each "
+    # The same file as every script leaves, so that train_all.py can keep and quote it.
+    seconds = time.perf_counter() - began
+    summary = {"config": dataclasses.asdict(cfg), "seconds": seconds, "torch": torch.__version__,
+               "figures": [f"{name}.png" for name in figures],
+               "results": {"pictures": len(figures),
+                           "sentences": {name: " ".join(fig.get_suptitle().split()) for name, fig in figures.items()}}}
+    decoder_only.write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    print(f"\n{len(figures)} pictures in {out}/, {seconds:.0f} s. The comment above each "
           f"figure_NAME in {Path(__file__).name} says what to look for and what people get wrong.\n"
           f"Next: the script that a picture is about, from its top; compare_architectures.py for which of them is good "
           f"at what.")

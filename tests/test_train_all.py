@@ -479,7 +479,7 @@ def test_its_own_header_adds_up_the_runs(m, tmp_path):
     new = m.put_header(text, "train_all", *m.own_expectation(tmp_path))
     some, many = (sum(map(len, m.runs_of(which).values())) for which in ("default", "real"))
     said = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", new, re.M)[1].split())
-    assert f"--preset quick 12 runs in 2 min, default {some} in {some / 6:.0f} min, real {many} in " in said
+    assert f"--preset quick {len(m.RUNS)} runs in 2 min, default {some} in {some / 6:.0f} min, real {many} in " in said
     assert re.search(rf"^RUN EVERYTHING.*python train_all.py +{some / 6:.0f} min on two CPU cores$", new, re.M)
     # The rest of the file is as it was.
     assert len(new) - len(text) < 300 and new[new.index("Asked "):] == text[text.index("Asked "):]

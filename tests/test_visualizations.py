@@ -425,7 +425,9 @@ def test_one_command_each(m, tmp_path, capsys):
     m.main(m.parse_config(m.Config, m.PRESETS, ["--only", "masks,schedule", "--out", str(tmp_path / "new")]))
     out = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        f"{name}.{kind}" for name in ("masks", "schedule") for kind in ("png", "svg")]
+        *(f"{name}.{kind}" for name in ("masks", "schedule") for kind in ("png", "svg")), "summary.json"]
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert summary["figures"] == ["masks.png", "schedule.png"] and summary["results"]["pictures"] == 2
     assert re.search(r"^masks .*masks\.png masks\.svg$", out, re.M) and "Next:" in out and "rope" not in out
 
 
