@@ -1060,8 +1060,8 @@ def comparison_expectation(folder=RESULTS):
     The first two of each question: who is best, and who trains fastest. Raises OSError before it was run.
     """
     # That file's sentences are computed where its numbers are; repeating the rules here would be a second set of them.
-    # Its time is the sum over all trainings, shared out over those that ran side by side: a run that was interrupted and
-    # continued has no wall time worth quoting.
+    # Its time is the sum over all trainings, shared out over those that ran side by side: a run that was interrupted
+    # and continued has no wall time worth quoting.
     kept = json.loads((Path(folder) / "compare_architectures.json").read_text(encoding="utf-8"))
     said = " ".join(f"{task}: {' '.join(one['conclusions'][:1])}" for task, one in kept["tasks"].items())
     return (f"{minutes(kept['training_seconds'] / kept['environment']['jobs'])} on two CPU cores",
@@ -1407,8 +1407,9 @@ def hyperparameters(folder=RESULTS):
 
 # A block of the README stands between <!-- begin NAME --> and <!-- end NAME -->, comments that Markdown does not show.
 # All that lies between them is made, all around is written by hand; a marker that is not there switches its block off.
-BLOCKS = {"TABLE": script_table, "OUTPUT": printed, "PEERS": peers, "QUICK": quick_table, "COMPARISON": comparison_tables,
-          "CONCEPTS": concepts, "HYPERPARAMETERS": hyperparameters, "QUESTIONS": questions}
+BLOCKS = {"TABLE": script_table, "OUTPUT": printed, "PEERS": peers, "QUICK": quick_table,
+          "COMPARISON": comparison_tables, "CONCEPTS": concepts, "HYPERPARAMETERS": hyperparameters,
+          "QUESTIONS": questions}
 
 
 def refresh_readme(source, folder=RESULTS, names=tuple(BLOCKS)):

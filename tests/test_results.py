@@ -26,11 +26,46 @@ def test_readme_quotes_the_results(record):
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
                                     "kv_cache", "flash_attention", "lora_qlora", "dpo", "ppo_grpo", "bpe_tokenizer",
-                                    "toy_dataset"])
+                                    "toy_dataset", "quick_start", "visualizations"])
 def test_header_quotes_the_results(record, script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert record.refresh_header(text, script, record.results(script)) == text, (
         f"{script}.py is stale: python train_all.py --readme")
+
+
+@pytest.mark.parametrize("script, make", [("train_all", "own_expectation"),
+                                          ("compare_architectures", "comparison_expectation")])
+def test_other_headers_quote_the_results(record, script, make):
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    assert record.put_header(text, script, *getattr(record, make)()) == text, (
+        f"{script}.py is stale: python train_all.py --readme")
+
+
+def test_the_comparison_is_equal_and_searched(monkeypatch):
+    """What compare_architectures.py promises, on what is quoted: equal sizes, all rates, all seeds, nothing typed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    spec = importlib.util.spec_from_file_location("compare_architectures", ROOT / "compare_architectures.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_architectures", module)
+    spec.loader.exec_module(module)
+    cfg = module.Config()
+    for folder in ("results", "results/quick"):
+        kept = json.loads((ROOT / folder / "compare_architectures.json").read_text(encoding="utf-8"))
+        assert {"cpu", "threads", "jobs", "python", "torch"} <= set(kept["environment"])
+        assert (ROOT / folder / "compare_architectures.md").read_text(encoding="utf-8") == module.markdown(
+            kept["tasks"], cfg)
+        for task, one in kept["tasks"].items():
+            sizes = {name: entry["tables"] + entry["rest"] for name, entry in one["models"].items()}
+            assert all(abs(size / sizes["GPT-2"] - 1) <= 0.05 for size in sizes.values()), (task, sizes)
+            assert one["table"] == module.table(task, one["models"], one["costs"])
+            assert one["conclusions"] == module.conclusions(task, one["models"], one["costs"], cfg)
+    kept = json.loads((ROOT / "results" / "compare_architectures.json").read_text(encoding="utf-8"))
+    assert list(kept["tasks"]) == [*module.TASKS, "ablate"]
+    for task, one in kept["tasks"].items():
+        for name, entry in one["models"].items():
+            assert set(entry["by_rate"]) == {f"{float(rate):g}" for rate in cfg.rates.split(",")}
+            both = (entry["values"], entry["second_half"])
+            assert cfg.seeds in map(len, both) and all(len(values) in (0, cfg.seeds) for values in both), (task, name)
 
 
 def test_a_stale_number_is_noticed(record):
@@ -154,6 +189,19 @@ def test_bounds(record):
         for accuracy in (run["results"]["accuracy"], run["results"]["accuracy_greedy"]):
             assert accuracy["sft"] <= 0.4 and min(accuracy["ppo"], accuracy["grpo"]) >= 0.95
         assert max(run["results"]["method_seconds"].values()) <= 60
+
+
+def test_advice_names_what_exists():
+    """Functions and flags that the README's troubleshooting table names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    advice = text[text.index("## When something goes wrong"):text.index("## Concept index")]
+    scripts = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    names = re.findall(r"`([a-z_]+)`", advice)
+    assert {"fetch", "import_weights", "half_split", "read_checkpoint"} <= set(names)
+    for name in set(names) - {"mps", "transformers"}:
+        assert f"def {name}(" in scripts, name
+    for flag in re.findall(r"`--([a-z-]+)", advice):
+        assert flag == "help" or f"\n    {flag.replace('-', '_')}: " in scripts, flag
 
 
 def test_pictures_and_links_exist():
