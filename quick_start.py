@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              TIME
+THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              minutes on a laptop CPU
 
 Idea     Train the three classic architectures, one after the other, on a language so small that you can check every
          answer: numbers and their English names. Look at what each of them does with it, and where they differ.
@@ -13,7 +13,7 @@ Picture  encoder          4 [MASK] 2 1 5 | forty thousand ...  ->  0            
          decoder          4 0 2 1 5 =                          ->  forty thousand ...      goes on, word by word
          encoder-decoder  4 0 2 1 5            (read first)    ->  forty thousand ...      then writes, looking back
 Not here how they work: that is what encoder_only.py, decoder_only.py and encoder_decoder.py explain, line by line
-Expect   EXPECT
+Expect   three losses that fall, and a table at the end (results/quick_start.json)
 Asked    What is a model, to begin with?   What does "loss" say?   Which of the three is ChatGPT?   (grep "# Q:")
 """
 import argparse
@@ -36,7 +36,8 @@ import encoder_only
 # --- 1. Config: the few things to play with --------------------------------------------------------------------------
 #     python quick_start.py                      the tour
 #     python quick_start.py --number 777777      the same, with your number
-#     python quick_start.py --effort 0.2         a fifth of the training: what do half-trained models get wrong?
+#     python quick_start.py --effort 0.2         a fifth of the training: what do barely trained models get wrong?
+# Sections have the same numbers in all scripts; this one has no use for the others.
 
 
 @dataclass
@@ -151,9 +152,9 @@ def ask_encoder(model, tokenizer, cfg, name):
 
 
 def ask_decoder(model, tokenizer, cfg):
-    """Greedy and sampled continuations of "40215=". -> (lines to print, the greedy answer)."""
+    """Greedy and sampled continuations of "40215=". -> lines to print."""
     # It was trained on lines such as "42=forty two": whoever gives it "42=" gets the rest.
-    # Trap: asking in another form than it was trained in, "what is 42?". It knows no such text, and goes on somehow.
+    # Trap: asking in another form than it was trained in, "=42". It has seen no such line, and goes on somehow.
     ids = torch.tensor([tokenizer.encode(f"{cfg.number}=")])
     lines = []
     for temperature in (0.0, 1.0, 2.0):
@@ -168,7 +169,7 @@ def ask_decoder(model, tokenizer, cfg):
 
 def exact(script, model, tokenizer, cfg):
     """Share of 500 held-out numbers whose whole name is right, in the architecture's own way of writing."""
-    # 500 numbers: at 95 % right the standard error is one point, so differences of a point or two mean nothing.
+    # 500 draws (short numbers repeat): at 95 % right the standard error is one point, so two points mean nothing.
     numbers = decoder_only.draw_numbers(500, cfg.seed + 2, True)
     if script is encoder_only:  # told how many words there are, it fills them all, the surest first
         return script.written(model, tokenizer, numbers)
@@ -237,7 +238,12 @@ def main(cfg):
     results, histories = {}, {}
     for script, preset, steps in tour:
         print(fill(TEXTS[script]))
-        model, tokenizer, result = train_one(script, shortened(script, preset, steps, cfg), script.compute_loss)
+        try:
+            model, tokenizer, result = train_one(script, shortened(script, preset, steps, cfg), script.compute_loss)
+        except SystemExit as stopped:  # the script has saved and said how to go on; a tour of minutes starts again
+            if stopped.code == 130:
+                print("(The tour has no --resume: start it again.)", file=sys.stderr)
+            raise
         model.eval()
         if script is encoder_only:
             print(*ask_encoder(model, tokenizer, cfg, name), sep="\n")
@@ -255,13 +261,15 @@ def main(cfg):
     plot_losses(out / "comparison.png", histories)
 
     # One question to all: the whole name of an unseen number. One wrong word makes an answer wrong.
-    print("THE COMPARISON: 500 numbers that no model has seen, the whole name right or wrong\n")
+    print("THE COMPARISON: 500 questions about held-out numbers, the whole name right or wrong\n")
     print(f"  {'':18}{'numbers adjusted':>17}{'training':>10}{'names right':>13}")
     for label, one in results.items():
         print(f"  {label:18}{one['parameters']:>17,}{one['seconds']:>8.0f} s{one['exact_match']:>13.1%}")
-    best = max(results, key=lambda label: results[label]["exact_match"])
-    print(f"\nBest at writing names here: {best}. (The encoder has the easier question: it is told how many words to "
-          f"fill.\nA fair race, equal sizes, rates searched for each, several seeds: compare_architectures.py.)")
+    top = max(one["exact_match"] for one in results.values())
+    best = ", ".join(label for label, one in results.items() if one["exact_match"] >= top - 0.02)
+    print(f"\nBest at writing names here: {best} (two points are luck). The encoder has the easier question: it is "
+          f"told\nhow many words to fill. (A fair race, equal sizes, rates searched for each, several seeds: "
+          f"compare_architectures.py.)")
     seconds = time.perf_counter() - start
     summary = {"config": dataclasses.asdict(cfg), "seconds": seconds, "results": results, "torch": torch.__version__,
                "figures": ["comparison.png", "attention.png"]}
@@ -270,8 +278,8 @@ def main(cfg):
     expected = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", __doc__, re.M)[1].split())
     print(f"\nPictures: {out}/comparison.png, {out}/attention.png. It took {seconds:.0f} s."
           f"\nExpected: {expected}\n\nTalk to them:\n"
-          f"  python encoder_only.py --load {out}/encoder_only --prompt '4[MASK]215 [SEP] forty thousand two hundred "
-          f"fifteen'\n  python decoder_only.py --load {out}/decoder_only --prompt 1984= --temperature 0\n"
+          f"  python encoder_only.py --load {out}/encoder_only --prompt \"4[MASK]215 [SEP] forty thousand two hundred "
+          f"fifteen\"\n  python decoder_only.py --load {out}/decoder_only --prompt 1984= --temperature 0\n"
           f"  python encoder_decoder.py --load {out}/encoder_decoder --prompt 1984\n"
           f"What to read next: toy_dataset.py (what a batch is), then decoder_only.py from top to bottom; then "
           f"encoder_only.py\nand encoder_decoder.py, each a difference from it. README.md has paths of an hour, an "

@@ -200,7 +200,7 @@ QUICK_RUNS = {
     "lora_qlora": ("numbers", "--base-steps 300 --max-steps 60"),
     "dpo": ("numbers", "--sft-steps 600 --no-compare --max-steps 100"),
     "ppo_grpo": ("numbers", "--max-steps 400 --grpo-updates 20 --ppo-updates 20 --reinforce-updates 20"),
-    # A part of the tour's steps; pictures that need no trained model.
+    # A part of the tour's steps; four pictures, one of which needs a small model of text.
     "quick_start": ("default", "--effort 0.2"),
     "visualizations": ("default", "--only rope,masks,schedule,softmax"),
 }
@@ -270,7 +270,11 @@ def merge(kept, env, what, run, order=()):
     same = all(kept["environment"].get(key) in (None, env[key]) for key in ("cpu", "threads", "torch", "python"))
     runs = dict(kept["runs"]) if same else {}
     gone = 0 if same else sum(map(len, kept["runs"].values()))
-    others = [one for one in runs.get(what, []) if one["config"].get("seed") != run["config"].get("seed")]
+    # Nor do seeds stay that older code or other arguments made: a spread over them would be one of two programs.
+    others = [one for one in runs.get(what, []) if one["config"].get("seed") != run["config"].get("seed")
+              and all(one.get(key) in (None, run.get(key)) for key in ("code", "arguments"))]
+    gone += len([one for one in runs.get(what, []) if one["config"].get("seed") != run["config"].get("seed")]
+                ) - len(others)
     # Sorted as published, whatever came first: the spread does not care, but the first one is shown.
     order = dict(order)
     seeds = list(order.get(what, ()))
@@ -280,10 +284,10 @@ def merge(kept, env, what, run, order=()):
     return {"environment": env, "runs": {name: runs[name] for name in names}}, gone
 
 
-# metrics.jsonl has a line every 10 steps, up to 400 in all. Thinning keeps those with an evaluation, since only these
-# have both losses, and every so-many-th of the others: 40 points are as many as a picture three centimetres high can
-# show. The first and the last line always stay. A curve that does not begin at ln V hides most of what was learned, and
-# one that is drawn through evaluations alone turns the steep fall of the first steps into a gentle slope.
+# metrics.jsonl has a line every 10 steps, hundreds in all. Thinning keeps those with an evaluation, since only these
+# have both losses, and every so-many-th of the others: 40 of either are as many as a picture three centimetres high
+# can show. The first and the last line always stay. A curve that does not begin at ln V hides most of what was learned,
+# and one that is drawn through evaluations alone turns the steep fall of the first steps into a gentle slope.
 def thinned(folder, most=40):
     """-> [[step, train loss, val loss], ...] of a run, or {stage: such a list}; None where no loss was written."""
     curves = {}
@@ -338,7 +342,8 @@ def record(job, folder, seconds):
     # torch: as the process saw it. It may be another one than the version that pip believes is installed.
     env = environment(job.threads)
     env["torch"] = summary.pop("torch", env["torch"])
-    summary |= {"arguments": job.arguments, "wall_seconds": seconds and round(seconds, 1), "curve": thinned(job.folder)}
+    summary |= {"arguments": job.arguments, "code": job.code, "identity": job.identity,
+                "wall_seconds": seconds and round(seconds, 1), "curve": thinned(job.folder)}
     if job.seed == job.seeds[0]:
         # Where the data lay on this machine is nobody's business.
         printed = job.log.read_text(encoding="utf-8", errors="replace")
@@ -346,7 +351,7 @@ def record(job, folder, seconds):
     order = {what: seeds for what, (_, _, seeds) in RUNS[job.script].items()} if job.which != "quick" else {}
     kept, gone = merge(kept_file(job.script, folder), env, job.what, summary, order)
     if gone:
-        tqdm.write(f"{job.script}.json: {gone} older runs go, they are of another machine, thread count or version")
+        tqdm.write(f"{job.script}.json: {gone} older runs go: of another machine, thread count, version or code")
 
     # Pictures first, the JSON that names them last: whoever reads it finds what it names.
     if job.seed == job.seeds[0] and job.which != "quick":
@@ -500,7 +505,8 @@ class Job:
     threads: int
     folder: Path           # its --out
     expected: float        # seconds, from the last time
-    identity: str = ""     # a hash of everything that decides what comes out
+    code: str = ""         # a hash of what its script does
+    identity: str = ""     # a hash of that and of everything else that decides what comes out
     alone: bool = False
     resume: bool = False
 
@@ -570,7 +576,8 @@ def plan_jobs(cfg, folder):
                           max(filter(None, last), default=GUESS), alone=alone)
                 job.folder = Path(cfg.out) / cfg.which / job.name
                 # The environment belongs to it: after a change of --jobs one file would mix two numbers of threads.
-                made_of = [arguments, seed, code, environment(job.threads)]
+                job.code = hashlib.sha256(code.encode()).hexdigest()[:16]
+                made_of = [arguments, seed, job.code, environment(job.threads)]
                 job.identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
                 jobs.append(job)
     return jobs
@@ -642,9 +649,14 @@ def left_to_do(jobs, journal, folder):
         kind, identity = state.get(job.name, ("", ""))
         if identity == job.identity and kind == "finished" and (job.folder / "summary.json").is_file():
             known = (results(job.script, folder) or {}).get(job.what, [])
-            if not any(run["config"].get("seed") == job.seed or job.seed is None for run in known):
+            # By its identity: an older run with the same seed is another one.
+            if any(run.get("identity") == job.identity for run in known):
+                continue
+            try:
                 record(job, folder, None)
-            continue
+                continue
+            except (OSError, ValueError, KeyError):
+                pass  # its log or a picture was tidied away: run it again
         # A checkpoint alone is not enough: the folder may be of older code, or of other arguments. Stages keep their
         # checkpoints one level down.
         saved = [*job.folder.glob("ckpt.pt"), *job.folder.glob("*/ckpt.pt")]
@@ -684,7 +696,7 @@ def end_with_parent():
     return ask
 
 
-# Why a process per script, when Python could import all twelve? Because it is what a reader does, so it tests the
+# Why a process per script, when Python could import them all? Because it is what a reader does, so it tests the
 # command line and the defaults as well. Because memory and threads belong to a process: peak_memory_mb means something,
 # and OMP_NUM_THREADS is read once, at the start. And because a crash in C, or the kernel's memory killer, ends that
 # script alone and not this program.
@@ -850,6 +862,12 @@ def minutes(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
+def cores_in_words(env):
+    """{"threads": 2} -> "two CPU cores": what a small laptop or a free build server offers. Older files did not say."""
+    count = env.get("threads") or 2
+    return {1: "one CPU core", 2: "two CPU cores"}.get(count, f"{count} CPU cores")
+
+
 def look_up(run, path):
     """look_up(run, "results/kl/grpo") is run["results"]["kl"]["grpo"]. Raises KeyError for what is not there."""
     for key in path.split("/"):
@@ -857,9 +875,9 @@ def look_up(run, path):
     return run
 
 
-# The sentences are written here, by hand, and every number in them comes from a run. A reader should be able to judge
-# from them alone whether his own run went well, so each tells what was reached, where it can be known what could have
-# been reached (a floor, a ceiling, a control), and how far seeds lie apart.
+# The sentences are written here, by hand, and every measured number in them comes from a run. A reader should be able
+# to judge from them alone whether his own run went well, so each tells what was reached, where it can be known what
+# could have been reached (a floor, a ceiling, a control), and how far seeds lie apart.
 # Raises KeyError where a run is missing: half a sentence would be worse than the old one, which then stays.
 def expectation(script, runs, folder=RESULTS):
     """-> (time for the title line, the Expect paragraph) of a script. runs: what results(script) gives."""
@@ -872,12 +890,13 @@ def expectation(script, runs, folder=RESULTS):
         return look_up(runs[what][0], path)
 
     # The slowest seed: a reader who waits less does not complain. Machines differ by more than seeds do, and the JSON
-    # says which one it was; "two CPU cores" is what a small laptop or a free build server offers.
+    # says which one it was.
     def slowest(what, path="seconds"):
         return max(look_up(run, path) for run in runs[what])
 
-    def on_two(what):
-        return f"{minutes(slowest(what))} on two CPU cores"
+    # What measures and trains counts its training alone as `seconds`; what the reader waits for is wall_seconds.
+    def on_two(what, path="seconds"):
+        return f"{minutes(slowest(what, path))} on {cores_in_words(kept_file(script, folder)['environment'])}"
 
     # Real text has no known floor: two texts and a loss each say more than one. The toy language has right answers.
     if script == "decoder_only":
@@ -939,7 +958,7 @@ def expectation(script, runs, folder=RESULTS):
         def paces(got):
             return ", ".join(f"{rung} {got['tokens_per_second'][rung]:.0f}" for rung in
                              ("none", "growing", "gqa", "compiled", "int8"))
-        return ("2 min on two CPU cores",
+        return (on_two("numbers", "wall_seconds"),
                 f"tokens per second behind {next(iter(small['ladder']['gqa']['tokens_per_second']))} others, "
                 f"{small['weight_bytes'] / 1e6:.0f} MB of weights: {paces(small)}. --preset 125m, "
                 f"{large['weight_bytes'] / 1e6:.0f} MB: {paces(large)}; compiled is "
@@ -956,13 +975,16 @@ def expectation(script, runs, folder=RESULTS):
         got, naive = runs["shakespeare"][0], runs["naive"][0]
         times, peaks = got["results"]["milliseconds"], got["results"]["peak_mb"]
         slower = [int(n) for n, naive_ms in times["naive"].items() if times["tiled"][n] >= naive_ms]
-        faster = min(int(n) for n in times["naive"] if int(n) > max(slower, default=0))
-        return ("2 to 3 min on two CPU cores",
+        faster = min((int(n) for n in times["naive"] if int(n) > max(slower, default=0)), default=0)
+        limit = got["results"]["in_2_gib"]
+        if not faster or not limit["naive"]["fails"] or limit["tiled"]["fails"]:
+            raise ValueError("a run in which tiles are not faster, or in which memory sufficed,")
+        return (on_two("shakespeare", "wall_seconds"),
                 f"forward + backward of 8,192 tokens, two heads, in {peaks['tiled']['8192']:.0f} MB (naive: "
                 f"{peaks['naive']['8192']:,.0f}), 16,384 in {peaks['tiled']['16384']:.0f}; at 2,048 tokens in "
                 f"{times['tiled']['2048'] / times['naive']['2048']:.2f} of naive's time (PyTorch's own kernel: "
                 f"{times['sdpa']['2048'] / times['naive']['2048']:.2f}), faster from {faster:,} on. With 2 GiB naive "
-                f"fails at {got['results']['in_2_gib']['naive']['fails']:,} tokens, tiled passes. Training ends at a "
+                f"fails at {limit['naive']['fails']:,} tokens, tiled passes. Training ends at a "
                 f"validation loss of {got['val_loss']:.4f}, with naive attention at {naive['val_loss']:.4f}")
     # What was learned and what was forgotten: an adaptation that tells only the first is half a result. With few lines
     # the narrow detour is ahead, with many it is behind; telling one of the two would be advertising.
@@ -975,8 +997,8 @@ def expectation(script, runs, folder=RESULTS):
                 f"validation loss after {first('numbers', 'config/examples'):,} lines of the old form: full "
                 f"fine-tuning {loss['full']}, LoRA with {trained['lora'] / trained['full']:.1%} of the parameters "
                 f"{loss['lora']}, QLoRA on four bits {loss['qlora']}; old names right {', '.join(old)}; modern names "
-                f"still right {', '.join(modern[:3])} (base {modern[3]}). With all 60,000 lines full fine-tuning is "
-                f"ahead: {many['full']:.3f}, LoRA {many['lora']:.3f}. Of the squared full update "
+                f"still right {', '.join(modern[:3])} (base {modern[3]}). With all lines full "
+                f"fine-tuning {many['full']:.3f}, LoRA {many['lora']:.3f}. Of the squared full update "
                 f"{over('numbers', 'results/full_update_within_rank', '{:.0%}')} lies within rank "
                 f"{first('numbers', 'config/rank')}")
     # The control (imitate the chosen answers) separates what the pairs bring from what more training brings.
@@ -1042,13 +1064,15 @@ def own_expectation(folder=RESULTS):
         place = Path(folder) / "quick" if which == "quick" else folder
         jobs = [(script, what) for script, runs in runs_of(which).items() for what in runs]
         kept = {script: results(script, place) or {} for script, _ in jobs}
-        seconds = [kept[script][what][0].get("wall_seconds") for script, what in jobs]
-        if None in seconds:  # a resumed run does not know how long it took in all
+        runs = [kept[script][what][0] for script, what in jobs]
+        # A resumed run does not know how long it took in all; what the script counted itself then stands in for it.
+        seconds = [run.get("wall_seconds") or run.get("seconds") for run in runs]
+        if None in seconds:
             raise KeyError("wall_seconds")
         return len(jobs), sum(seconds)
     # How many runs, and for how long.
     (few, quick), (some, default), (many, real) = map(total, ("quick", "default", "real"))
-    return (f"{minutes(default)} on two CPU cores",
+    return (f"{minutes(default)} on {cores_in_words(kept_file('decoder_only', folder)['environment'])}",
             f"one line per finished run, then results/<script>.json, pictures and results/curves.png. One seed each: "
             f"--preset quick {few} runs in {minutes(quick)}, default {some} in {minutes(default)}, real {many} in "
             f"{minutes(real)} (sums of the runs, one at a time)")
@@ -1057,14 +1081,18 @@ def own_expectation(folder=RESULTS):
 def comparison_expectation(folder=RESULTS):
     """-> (time for the title line, the Expect paragraph) of compare_architectures.py: its own sentences, word for word.
 
-    The first two of each question: who is best, and who trains fastest. Raises OSError before it was run.
+    One of each question: who is best, and who is level with it. Raises OSError before it was run.
     """
     # That file's sentences are computed where its numbers are; repeating the rules here would be a second set of them.
     # Its time is the sum over all trainings, shared out over those that ran side by side: a run that was interrupted
     # and continued has no wall time worth quoting.
     kept = json.loads((Path(folder) / "compare_architectures.json").read_text(encoding="utf-8"))
-    said = " ".join(f"{task}: {' '.join(one['conclusions'][:1])}" for task, one in kept["tasks"].items())
-    return (f"{minutes(kept['training_seconds'] / kept['environment']['jobs'])} on two CPU cores",
+    best = {task: next(line for line in one["conclusions"] if " is best with " in line)
+            for task, one in kept["tasks"].items()}
+    said = " ".join(f"{task}: {line}" for task, line in best.items())
+    jobs = max(one["environment"]["jobs"] for one in kept["tasks"].values())
+    seconds = sum(one["training_seconds"] / one["environment"]["jobs"] for one in kept["tasks"].values())
+    return (f"{minutes(seconds)} on {cores_in_words({'threads': jobs})}",
             f"{said} (results/compare_architectures.json)")
 
 
@@ -1450,8 +1478,8 @@ def refresh(folder=RESULTS, names=tuple(BLOCKS), headers=True):
         try:
             new = (refresh_header(source, script, runs, folder) if script in RUNS
                    else put_header(source, script, *others[script](folder)))
-        except (KeyError, OSError) as missing:
-            print(f"{script}.py: its header stays as it is, {missing} was not recorded yet")
+        except (KeyError, OSError, ValueError, TypeError) as missing:
+            print(f"{script}.py: its header stays as it is; missing or not as it should be: {missing}")
             continue
         rewrite(path, new)
     readme = SCRIPTS_AT / "README.md"
@@ -1472,7 +1500,9 @@ def main(cfg):
     # What README and headers quote is results/ in the repository. Results that go elsewhere change no file there.
     quoted, quick = kept.resolve() == RESULTS.resolve(), cfg.which == "quick"
     if cfg.readme:
-        refresh(kept)
+        if not quoted:
+            sys.exit(f"error: --readme: headers and README.md quote {RESULTS.name}/ and nothing else, not {kept}")
+        refresh(kept, ("QUICK",) if quick else tuple(BLOCKS), headers=not quick)
         return 0
     # What can fail at once does so before anything is started: names in --only, an --out that cannot be made.
     jobs = plan_jobs(cfg, folder)

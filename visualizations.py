@@ -71,6 +71,8 @@ class Config:
 
     def __post_init__(self):
         unknown = [name for name in self.only.split(",") if name and name not in FIGURES]
+        if self.models and not Path(self.models).is_dir():
+            raise ValueError(f"models: there is no folder {self.models!r}")
         if unknown:
             raise ValueError(f"only: there is no picture {unknown[0]!r}; there are {', '.join(FIGURES)}")
         if not 0 <= self.seed < 2 ** 31:
@@ -109,7 +111,7 @@ def parse_config(cls, presets, argv=None):
 
 
 # --- 5. Training: what is missing, once ------------------------------------------------------------------------------
-# name -> (script, its command line, the data it has to have seen, a file that a finished run leaves). Shortened until
+# name -> (script, its command line, the data it has to have seen, files that a finished run leaves). Shortened until
 # all of them together take a few minutes, and not further: each picture still shows what it is about.
 RECIPES = {
     "decoder_only": (decoder_only, "--preset numbers --max-steps 600 --eval-every 600", "numbers", "ckpt.pt"),
@@ -117,11 +119,11 @@ RECIPES = {
     "encoder_only": (encoder_only, "--max-steps 900 --warmup-steps 150 --eval-every 900", "numbers", "ckpt.pt"),
     "encoder_decoder": (encoder_decoder, "--max-steps 500 --eval-every 500", "numbers", "ckpt.pt"),
     "lora_qlora": (lora_qlora, "--base-steps 300 --max-steps 100 --eval-every 100", "numbers",
-                   "lora/adapter_model.safetensors"),
+                   "lora/adapter_model.safetensors full/ckpt.pt"),
     "dpo": (dpo, "--sft-steps 500 --pairs 1024 --max-steps 80 --eval-every 80 --no-compare", "numbers",
             "dpo/preferences.jsonl"),
     "ppo_grpo": (ppo_grpo, "--max-steps 400 --grpo-updates 40 --ppo-updates 40 --reinforce-updates 40 --eval-every 10",
-                 "numbers", "reinforce/metrics.jsonl"),
+                 "numbers", "reinforce/metrics.jsonl grpo/metrics.jsonl ppo/metrics.jsonl"),
     "experts_none": (qwen3_moe, "--preset numbers --balance none --max-steps 200", "numbers", "ckpt.pt"),
     "experts_aux": (qwen3_moe, "--preset numbers --balance aux --max-steps 200", "numbers", "ckpt.pt"),
 }
@@ -130,7 +132,7 @@ RECIPES = {
 # A picture of a trained model needs one. Each recipe is a line that a reader can type; it is run in this process, so
 # that a picture costs no second start of Python, and its files are the same as if it had been typed.
 # Interrupted? Finished trainings stay, the one that was stopped begins anew: a few dozen seconds at most are lost, and
-# nothing has to be known about how far it got.
+# nothing has to be known about how far it got. (Whoever changes a script's code deletes the folder models/ to see it.)
 class Models:
     """Trained models by the names of RECIPES: found, or trained now.
 
@@ -160,8 +162,10 @@ class Models:
             summary = json.loads((folder / "summary.json").read_text())
             _, settings, _, _ = self.recipe(name)
             same = all(summary["config"][key] == getattr(settings, key) for key in settings.given - {"out"})
-            return summary["data"]["name"] == RECIPES[name][2] and (folder / RECIPES[name][3]).is_file() and (
-                same or not exact)
+            # A run of somebody's own may have left methods out, or have been made with another loss.
+            files = all((folder / file).is_file() for file in RECIPES[name][3].split())
+            loss = summary["config"].get("loss") == getattr(settings, "loss", None)
+            return summary["data"]["name"] == RECIPES[name][2] and files and loss and (same or not exact)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -614,8 +618,8 @@ def draw_frequencies(logits, generator, **how):
 # among the rest. The title counts kinds: how long a tail the drawing can fall into.
 def figure_sampling(models, cfg):
     """Six ways to draw from one real distribution: bars = what sample_next drew, dots = the model."""
-    # Drawn and not computed: the picture then shows what the script does, mistakes included. 4,000 draws scatter by at
-    # most sqrt(0.25 / 4000) = 0.8 points.
+    # Drawn and not computed: the picture then shows what the script does, mistakes included. 4,000 draws have a
+    # standard error of at most sqrt(0.25 / 4000) = 0.8 points.
     model, _, tokenizer = models.load("decoder_text")
     prompt = "the object is a "
     with torch.no_grad():
@@ -761,7 +765,8 @@ def figure_beams(models, cfg):
     ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.22), frameon=False, fontsize=9)
     tail = f"the greedy prefix is cut at token {lost}" if lost else "the greedy prefix is never cut"
     return finish(fig, f"3 beams write {tokenizer.decode(answer.tolist())!r} (ln p = {score * 8:.2f}), greedy {text!r} "
-                       f"({sums[-1]:.2f});\n{tail}. Numbers are ln p of the text so far", models, "decoder_text")
+                       f"({sums[-1]:.2f});\n{tail}. Of {len(runs)} prompts the one where they differ most; numbers: "
+                       f"ln p so far", models, "decoder_text")
 
 
 # The learning rate over a run, from the presets that the scripts really use. Warm-up, because Adam's first steps are of
@@ -772,6 +777,8 @@ def figure_beams(models, cfg):
 # since small models bear larger steps. Right, logarithmic axes: a straight line up is the warm-up, a straight line down
 # 1/sqrt(step) (Vaswani et al. 2017, eq. 3), and a cosine is flat nearly to the end, because the second half of a run is
 # a narrow strip at the far right. T5's rate is large because Adafactor's steps are relative to the weights.
+# The shapes are our scripts': T5 itself holds its rate for the first 10,000 steps, BERT's falls along a straight line,
+# and GPT-2's paper names no rate (6e-4 is nanoGPT's).
 def figure_schedule(models, cfg):
     """lr_at over its own presets: the laptop runs, and the published sizes."""
     small = {"GPT-2 (text)": (decoder_only, "laptop"), "GPT-2 (numbers)": (decoder_only, "numbers"),
@@ -792,7 +799,7 @@ def figure_schedule(models, cfg):
                             color=color, ls=style, label=f"{label}: {settings.max_steps:,} steps")
             ends.append(script.lr_at(last, settings) / settings.lr)
     axes["small"].set(title="what trains here", xlabel="update", ylabel="learning rate", ylim=(0, None))
-    axes["large"].set(title="published sizes (both axes logarithmic)", xlabel="update", ylabel="learning rate",
+    axes["large"].set(title="presets of published sizes (axes logarithmic)", xlabel="update", ylabel="learning rate",
                       xscale="log", yscale="log", ylim=(1e-7, 1))
     axes["small"].legend(fontsize=9)
     axes["large"].legend(fontsize=9, loc="upper left")
@@ -977,8 +984,8 @@ def figure_experts(models, cfg):
                    ylim=(0, None))
     axes["cv"].legend(fontsize=9)
     most = {name: max(look[-1]["load"][layer]) / sum(look[-1]["load"][layer]) for name, look in looks.items()}
-    return finish(fig, f"Left alone, the busiest of {E} experts ends with {most['none']:.0%} of the visits, with the "
-                       f"balancing loss {most['aux']:.0%} (equal: {1 / E:.1%});\ninequality ends at "
+    return finish(fig, f"Left alone, layer {layer + 1}'s busiest of {E} experts ends with {most['none']:.0%} of the "
+                       f"visits, with the balancing loss {most['aux']:.0%} (equal: {1 / E:.1%});\ninequality ends at "
                        f"{looks['none'][-1]['cv']:.2f} and {looks['aux'][-1]['cv']:.2f}",
                   models, "experts_none", "experts_aux")
 
@@ -1147,12 +1154,13 @@ def figure_nf4(models, cfg):
 # LoRA (Hu et al. 2021, arXiv 2106.09685) learns a change of rank R beside each frozen matrix, on the bet that the
 # change which full fine-tuning would make is of low rank anyway.
 # Q: Is LoRA a low-rank copy of the full update?
-# A: No. It often works as well, but by another update: full fine-tuning spreads over many directions, most of which the
-#    task does not need; LoRA finds a good one among those of rank R (Shuttleworth et al. 2024, arXiv 2410.21228).
-# How to read it: right of the dashed line an adapter of that rank has nothing (values there are rounding).
-# Both axes are logarithmic; a line is a matrix, and a line that falls slowly is an update of many directions. LoRA's
-# few values are larger than those of the full update: what it may not spread over many directions it puts into few.
-# A higher rank need not help: see whether the validation losses in the title differ at all before paying for one.
+# A: No. It often works as well, but by another update: full fine-tuning spreads over many directions, LoRA has R, and
+#    its updated matrices get large singular vectors that those of full fine-tuning do not have ("intruder dimensions",
+#    Shuttleworth et al. 2024, arXiv 2410.21228).
+# How to read it: right of the dotted line an adapter of that rank has nothing (what rounding leaves lies below the
+# axis). Both axes are logarithmic; a line is a matrix, and a line that falls slowly is an update of many directions.
+# LoRA's few values are larger than those of the full update: what it may not spread over many directions it puts into
+# few. A higher rank need not help: see whether the validation losses in the title differ at all before paying for one.
 def figure_lora(models, cfg):
     """Singular values of what full fine-tuning and LoRA changed, each matrix a line."""
     folder, rank = models.folder("lora_qlora"), models.summary("lora_qlora")["config"]["rank"]
@@ -1225,7 +1233,7 @@ def figure_dpo(models, cfg):
 # What people get wrong: comparing per update. A rollout of GRPO has twice the answers of the others here, and PPO makes
 # three steps on each; so the axis counts answers.
 # How to read it. Left: it starts at the imitator's rate, since it learned from annotators who write the whole name only
-# some of the time. Right: what that costs in distance; to give up a habit of probability p takes at least -ln p nats.
+# some of the time. Right: what that costs in distance; to do always what one did with probability p costs -ln p nats.
 # A method that climbs as high on a shorter way has changed less of what it was.
 def figure_reward(models, cfg):
     """Reward of the three methods, and how far each went from where it began."""

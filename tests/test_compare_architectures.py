@@ -285,6 +285,15 @@ def test_text_is_split_in_three(m):
     assert min(train.min(), choose.min(), test.min()) >= 1 and train.max() < vocab and size >= 1
 
 
+def test_reviews_are_in_three_disjoint_splits(m, data_dir, monkeypatch):
+    monkeypatch.setenv("LLM_DATA", str(data_dir))
+    train, choose, test, vocab = m.labelled("review")
+    sizes = [len(split[0]) for split in (train, choose, test)]
+    assert sizes[0] > 6000 and 600 < sizes[1] < 800 and sizes[2] == 872 and vocab == 3000
+    rows = [{tuple(i for i in row if i) for row in split[0].tolist()} for split in (train, choose)]
+    assert len(rows[0] & rows[1]) < 10  # different texts that are equal after cutting and unknown words, at most
+
+
 # --- sentences follow from numbers
 
 def entry(*values, lr=4e-3, by_rate=None):
@@ -303,7 +312,7 @@ def test_conclusions_follow_from_the_numbers(m):
     said = " ".join(m.conclusions("match", entries, costs, None))
     assert "B is best with 93.0%, level with it A 91.0%; behind C 55.0%." in said
     assert "A is fastest, 2.0 times as fast as B" in said and "A needs 2.0 ms, B 2.5 times as long" in said
-    assert "edge of the rates that were tried, so perhaps not at its best: C." in said and "One seed" not in said
+    assert "The best rate of C is the lowest or highest that was tried" in said and "One seed" not in said
     entries["A"] = entry(0.97, 0.98)
     assert "A is best with 97.5%; behind B 93.0% and C 55.0%." in " ".join(m.conclusions("match", entries, costs, None))
     alone = {name: entry(one["values"][0]) for name, one in entries.items()}
@@ -329,6 +338,21 @@ def test_rates_are_chosen_without_the_test_rows(m):
     assert one["lr"] == 4e-3 and one["values"] == [0.90, 0.92] and one["by_rate"] == {"0.001": 0.99, "0.004": 0.90}
     cells = m.with_seeds([r | {"cell": r["cell"] | {"out": "x-1"}} for r in rows[:2]], 3)
     assert [(c["lr"], c["seed"], c["out"]) for c in cells] == [(4e-3, 2, "x-2"), (4e-3, 3, "x-3")]
+
+
+def test_the_search_goes_on_at_the_edge(m):
+    def tried(model, **losses):
+        return [{"cell": {"model": model, "lr": float(rate), "seed": 1, "out": f"x/qwen3-moe-{float(rate):g}-1"},
+                 "choose": loss} for rate, loss in losses.items()]
+    low, high = tried("A", **{"2e-3": 1, "5e-3": 2, "1e-2": 3}), tried("B", **{"2e-3": 3, "5e-3": 2, "1e-2": 1})
+    inside = tried("C", **{"2e-3": 3, "5e-3": 2, "1e-2": 3})
+    more = m.beyond_the_edge(low + high + inside)
+    assert [(cell["model"], cell["lr"], cell["out"]) for cell in more] == [
+        ("A", 0.00083, "x/qwen3-moe-0.00083-1"), ("B", 0.024, "x/qwen3-moe-0.024-1")]
+    again = m.beyond_the_edge(tried("A", **{"8e-5": 1, "2e-4": 2}))
+    assert [(cell["lr"], cell["out"]) for cell in again] == [(3.3e-05, "x/qwen3-moe-3.3e-05-1")]
+    assert m.beyond_the_edge([{"cell": again[0], "choose": 0}])[0]["out"] == "x/qwen3-moe-1.4e-05-1"
+    assert m.beyond_the_edge(tried("A", **{f"{i}e-3": i for i in range(1, 9)})) == []  # it has to end
 
 
 # --- the run
@@ -367,12 +391,12 @@ def test_a_run_leaves_tables_and_pictures(m, ran):
     cfg, folder, found = ran
     results = folder / "results" / "quick"
     kept = json.loads((results / "compare_architectures.json").read_text())
-    assert {"cpu", "threads", "torch", "python", "system", "jobs"} <= set(kept["environment"])
     assert list(kept["tasks"]) == ["translate", "text", "ablate"] and kept["tasks"] == json.loads(json.dumps(found))
     text = (results / "compare_architectures.md").read_text()
     for task in kept["tasks"]:
         assert (results / f"compare_architectures_{task}.png").stat().st_size > 10_000
         one = kept["tasks"][task]
+        assert {"cpu", "threads", "torch", "python", "system", "jobs"} <= set(one["environment"])
         assert all(len(line) == len(one["table"][0]) for line in one["table"])
         assert [line[0] for line in one["table"][1:]] == list(one["models"])
         assert " ".join(one["conclusions"]) in text and one["conclusions"][0].startswith("One seed each")
@@ -390,7 +414,7 @@ def test_a_run_leaves_tables_and_pictures(m, ran):
 
 def test_nothing_that_is_finished_is_trained_again(m, ran, capsys):
     cfg, folder, found = ran
-    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/cell.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/quick/*/*/cell.json")}
     assert len(stamps) == 6 + 5 + 2
     gone = random.Random(0).choice(sorted(stamps))
     gone.unlink()
