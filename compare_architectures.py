@@ -1,11 +1,11 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["matplotlib>=3.8", "torch>=2.11", "tqdm>=4.66"]
+# dependencies = ["matplotlib>=3.8", "requests>=2.31", "torch>=2.11", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-WHICH ARCHITECTURE FOR WHAT?                     python compare_architectures.py    TIME on two CPU cores
+WHICH ARCHITECTURE FOR WHAT?                     python compare_architectures.py    half an hour on two CPU cores
 
 Idea     Ask the question with equal means: the same number of parameters, rows, steps and tries at the learning rate
          for every architecture, several seeds, and each task put to each model in the form that is natural for it.
@@ -19,7 +19,7 @@ Picture  task                     BERT                    GPT-2, Llama 3, Qwen3,
 Symbols  B batch   T time   S source time   C n_embd   H heads   K key/value heads   D head size   V vocabulary
          F feed-forward width   L layers   E experts   k experts per token   R rows
 Not here pre-training and size, which decide most comparisons that one hears about: here all models are small and fresh
-Expect   EXPECT
+Expect   a table, a picture and computed sentences for each question (results/compare_architectures.json)
 Asked    Why is a comparison without a search over learning rates none?   Equal parameters, work or time?
          Why has BERT no bits per byte?   When is a difference a difference?   Why are FLOPs no times?  (grep "# Q:")
 """
@@ -71,7 +71,7 @@ class Config:
     results: str = "results"          # folder for tables (.json, .md) and pictures; a quick run's go to quick/ in it
     tasks: str = "translate,match,review,text"  # which questions to ask
     data: str = "auto"                # of text: auto | shakespeare | pydocs | path of a UTF-8 file
-    rates: str = "2e-3,5e-3,1.2e-2"  # learning rates that every model tries, on the first seed
+    rates: str = "2e-3,5e-3,1.2e-2"  # learning rates that every model tries first, on the first seed
     seeds: int = 3                    # seeds that every model gets at its best rate, the first included
     jobs: int = 2                     # trainings at once, one thread each
     quick: bool = False               # a tenth of the work: shorter, one seed, two rates; no reviews
@@ -100,10 +100,10 @@ MODELS = {"BERT": (encoder_only, {}), "GPT-2": (decoder_only, {}), "T5": (encode
           "Llama 3": (llama3, {}), "Qwen3": (qwen3_moe, {"n_experts": 0}),
           "Qwen3 MoE": (qwen3_moe, {"n_experts": 4, "experts_per_token": 2})}
 # Sizes and budgets. Every model of a task gets these: rows of each step, steps, width and depth (T5 has two stacks, so
-# it is narrower, see settings). max_steps is chosen so that no task is solved by all: at 100 % each, the translation of
-# 1,000 steps, nobody can be told apart. Equal rows are equal tokens read: a row holds the same text in every form.
-# The small vocabularies put nearly all parameters into matrices, where architectures differ; in reviews, with 3,000
-# words, two thirds are the table, as in real models of this size.
+# it is narrower, see settings). max_steps is chosen so that no task is solved by all: were all at 100 %, nobody could
+# be told apart. Equal rows are equal tokens read: a row holds the same text in every form. The small vocabularies put
+# nearly all parameters into matrices, where architectures differ; in reviews, with 3,000 words, two thirds are the
+# table, as in real models of this size.
 TASKS = {
     "translate": dict(n_layer=2, n_embd=64, block_size=18, batch_size=128, max_steps=300, weight_decay=0.01),
     "match": dict(n_layer=2, n_embd=64, block_size=18, batch_size=128, max_steps=500, weight_decay=0.01),
@@ -144,24 +144,23 @@ def parse_config(cls, presets, argv=None):
 
 
 # What one would expect, before anything is measured. Compare it with what comes out; where it differs, learn.
-#     translate   A decoder reads "40215=" from the left, and has seen all digits when it writes the first word: nothing
-#    is
-#                 lost. T5 has separate weights for reading and writing, half as many for each. BERT must agree with
+#     translate   A decoder reads "40215=" from the left, and has seen all digits when it writes the first word. T5 has
+#    separate weights for reading and writing, half as many for each. BERT must agree with
 #                 itself: ten blanks are guessed, and words that are likely alone need not fit together.
 #     match       Comparing two halves is easiest when each sees the other in every layer: BERT. A decoder's second half
 #                 sees the first, not the other way round, and one token has to sum up.
 #     review      6,200 sentences are too few to learn English from: hardly any difference, all near a bag of words.
-#     text        Rotary positions and SwiGLU help, grouped queries cost a little; a mixture has the same weights but
-#    each
-#                 token uses half of them.
+#     text        Rotary positions and SwiGLU help, grouped queries cost a little; a mixture has the same weights, but
+#                 each token uses half of its experts.
 #     speed       A decoder's cache makes a token cheap. BERT has none: ten rounds, each over the whole row.
 
 
 # --- 2. Model: equal size, the sum of its work, and the walk between two architectures -------------------------------
 # Q: Equal parameters, work or time?
-# A: Each favours somebody. Equal parameters: mixtures do half the work of a dense model and lose a little. Equal work:
-#    they win, with twice the weights. Equal time: whoever has the best kernels wins. What limits you decides: memory
-#    (a phone), arithmetic (training), latency (a chat). Here parameters, steps and rows are equal, work and time shown.
+# A: Each favours somebody. Equal parameters: mixtures do half the feed-forward work of a dense model, so they may lose
+#    a little. Equal work: they usually win, with more weights. Equal time: whoever has the best kernels wins. What
+#    limits you decides: memory (a phone), arithmetic (training), latency (a chat). Here parameters, steps and rows are
+#    equal, work and time are shown.
 def parameters(model):
     """-> (in embedding tables, in everything else). A head that is tied to a table is counted once, in the table."""
     # Told apart because they cost differently: a table is read a row per token, a matrix is multiplied with every
@@ -176,7 +175,8 @@ def fit_width(build, target):
         with torch.device("meta"):  # shapes without memory or values
             return sum(parameters(build(F)))
     # The count is a straight line in F: two points give it. Multiples of 8 because kernels like them (a mixture's
-    # grouped product insists); at these sizes that is a grid of about 3 % of the parameters, hence the 5 % allowed.
+    # grouped product insists): a step is about 3 % of a dense model's parameters here and 8 to 12 % of a mixture's.
+    # main checks that what comes out is within 5 %.
     slope = (count(16) - count(8)) / 8
     return max(8, 8 * round((8 + (target - count(8)) / slope) / 8))
 
@@ -214,8 +214,9 @@ def settings(task, name, vocab, **more):
 
 # Q: Why are FLOPs no times?
 # A: They count multiplications and additions, not bytes moved, kernels launched or cores idle. Attention over 18 tokens
-#    is a few per cent of the FLOPs and a third of the time; a mixture does half the work and takes longer, because it
-#    sorts rows. Counting is still worth it: it does not depend on the machine, and at large widths products are all.
+#    is a few per cent of the FLOPs and more of the time; a mixture does half the feed-forward work and need not be
+#    faster, because it sorts rows. Counting is still worth it: it does not depend on the machine, and at large widths
+#    products are all.
 def row_shape(task, name):
     """-> (S source tokens, T tokens, M positions whose logits are wanted) of one full row."""
     # M matters: a head over V tokens is the largest matrix there is. Reading a review asks for one verdict at the end,
@@ -255,14 +256,13 @@ def row_flops(name, cfg, S, T, M):
 # The walk. GPT-2 and Qwen3 MoE differ in six steps; to see what each is worth, take one at a time. No script can do
 # that, so here is one model whose parts can be exchanged. With no change it is decoder_only.py's GPT, with the first
 # four llama3.py's Llama (heads tied, as in its small sizes), with five Qwen3, with all its mixture: tests hold its
-# logits to theirs.
-#     rms      LayerNorm -> RMSNorm, and every bias goes      Zhang & Sennrich 2019      two vectors fewer per norm
-#     rope     learned positions -> rotations of q and k      Su et al. 2021             a table fewer, distances for
-#    free
+# logits to theirs (up to eps in the norms: 1e-6 here throughout, 1e-5 in GPT-2 and Llama).
+#     rms      LayerNorm -> RMSNorm, and every bias goes      Zhang & Sennrich 2019      one vector fewer per norm
+#     rope     learned positions -> rotations of q and k      Su et al. 2021             a table fewer
 #     gqa      4 key/value heads -> 2                         Ainslie et al. 2023        half of the cache
 #     swiglu   gelu(x W) -> silu(x W1) * (x W2)               Shazeer 2020               three matrices, each narrower
 #     qk       RMSNorm on every q and k head                  Henry et al. 2020          bounded scores: against spikes
-#     moe      one feed-forward layer -> 2 of 4 experts       Shazeer et al. 2017        half of the work per token
+#     moe      one feed-forward layer -> 2 of 4 experts       Shazeer et al. 2017        half of the feed-forward work
 # What such a walk cannot say: how changes work together in another order, at another size, after a thousand times as
 # many tokens. Grouped queries and mixtures are made for sizes where memory and arithmetic are what one pays for.
 WALK = {"GPT-2": (), "RMSNorm, no biases": ("rms",), "RoPE": ("rms", "rope"), "GQA": ("rms", "rope", "gqa"),
@@ -369,10 +369,10 @@ def build_walk(changes, cfg):
 # A loss function gets the model, a batch and the settings, and returns a sum and a count, so that train() can divide
 # once.
 def unmask_loss(model, batch, cfg):
-    """BERT as a writer: of the ten blanks of a row a random share is hidden, from one to all. -> (sum, how many, {}).
+    """BERT as a writer: of the ten blanks of a row a random share is hidden, from none to all. -> (sum, how many, {}).
 
     batch = what encoder_only.prepare makes of (ids, segments, anything); segment 1 = the answer. Ghazvininejad et al.
-    2019, arXiv 1904.09324, section 3: hide a random *number* of tokens, for at decoding time any number is hidden.
+    2019, arXiv 1904.09324: hide a random *number* of tokens, for at decoding time any number is hidden.
     """
     # Trap: 15 %, as in pre-training. The first round then sees ten blanks, which training never showed.
     # One die per row says how much of it is hidden; one per token, whether it is. No random tokens and none left as
@@ -417,7 +417,7 @@ def verdict_logits(model, ids):
 #     match        [CLS] 4 2 [SEP] forty six [SEP]  the same, then <yes> or <no>       the same -> <yes> or <no>
 #                  -> class 0 or 1
 #     review       [CLS] a fine film [SEP]          the same, then <yes> or <no>       the same -> <yes> or <no>
-#     text         -                                64 characters, each asked          32 characters -> the next 32
+#     text         -                                64 characters, the next behind each  32 characters -> the next 32
 # The rows of a task hold the same text in all forms; none sees more of it than another.
 #
 # Held-out rows are split once more: by `choose` the best learning rate is found, on `test` the result is measured.
@@ -431,7 +431,8 @@ def training_numbers(count):
 @functools.cache
 def held_out_numbers():
     """-> (numbers to choose by, numbers to test on), none of them in training, none in both."""
-    # Drawn as in training, an equal share of each length, then without repeats: each number is asked once.
+    # Drawn as in training, then without repeats: each number is asked once. Short ones are few: the hash holds out none
+    # of one digit and five of two.
     held = list(dict.fromkeys(decoder_only.draw_numbers(4_000, 8, True)))
     return held[:500], held[500:1500]
 
@@ -475,7 +476,8 @@ def labelled(task):
     if task == "match":
         tokenizer = encoder_only.ToyTokenizer()
         choose, test = held_out_numbers()
-        # Each number four times, each time with another wrong name or the right one: 240,000 pairs.
+        # 240,000 pairs to train on. Held-out numbers come four times each, with fresh dice: 2,000 pairs to choose by
+        # and 4,000 to test on. (A wrong name may be that of a number of another split; it is only ever wrong.)
         splits = (training_numbers(240_000), choose * 4, test * 4)
         return *(encoder_only.pair_rows(part, tokenizer, i) for i, part in enumerate(splits)), tokenizer.n_vocab
     # SST-2 as in encoder_only.py. Its dev set is kept for the end; a tenth of the training sentences, by the hash of
@@ -484,9 +486,10 @@ def labelled(task):
              for split, (name, sha) in encoder_only.SST2.items()]
     (texts, labels), dev = map(encoder_only.read_labelled, paths)
     held = [int(encoder_only.sha256_of_text(text)[:8], 16) % 10 == 0 for text in texts]
-    parts = [([x for x, h in zip(part, held, strict=True) if h == side] for part in (texts, labels))
-             for side in (False, True)]
-    (texts, labels), choose = map(tuple, parts)
+    # Lists and no generators. Trap: (... for part in ...) runs later, when `side` has its last value: both splits are
+    # then the held-out tenth, rates are chosen on the training rows, and nothing looks wrong but a tiny vocabulary.
+    (texts, labels), choose = ([[x for x, h in zip(part, held, strict=True) if h == side] for part in (texts, labels)]
+                               for side in (False, True))
     tokenizer = encoder_only.WordPiece(encoder_only.learn_vocabulary(texts, 3000))
     size = TASKS[task]["block_size"]
     return *(encoder_only.sentence_rows(*part, tokenizer, size) for part in ((texts, labels), choose, dev)), \
@@ -597,13 +600,14 @@ def prepare_task(task, name, data="auto"):
 
 # --- 5. Training: many small runs, each kept -------------------------------------------------------------------------
 # Q: Why is a comparison without a search over learning rates none?
-# A: The best rate differs between architectures by factors of 2 to 4, and the wrong one costs more than most
+# A: The best rate differs between architectures (see the last column), and a wrong one can cost more than most
 #    architectural changes bring. Whoever tunes the own model and takes the other's rate from a paper measures the
 #    tuning. Here everybody tries the same rates, once; the best one by the `choose` rows gets the other seeds too.
 def code_of(task, model):
-    """A short hash of all code that decides how a model trains and is scored. A kept run knows its code.
+    """A short hash of the model's own script and of this file's part in its training. A kept run knows its code.
 
-    Comments, docstrings and layout do not count: who mends a comment need not train again.
+    Comments, docstrings and layout do not count: who mends a comment need not train again. What both borrow from other
+    scripts, and torch's version, are not in it: delete --out after changing those.
     """
     script, special = (qwen3_moe, WALK[model]) if task == "ablate" else MODELS[model]
     mine = (settings, fit_width, WalkAttention, Walk, build_walk, unmask_loss, answer_loss, verdict_logits, blank_rows,
@@ -662,22 +666,48 @@ def run_cell(cell):
 # A: A rate says how far a weight moves per step, and what that does to the output depends on the path behind it. With
 #    the norm behind the sum (BERT's post-norm) gradients near the output are large at the start, and high rates throw
 #    the model off (Xiong et al. 2020, arXiv 2002.04745); norms in front of each branch and on q and k bound what a step
-#    can do, and such models take higher ones. The left panel of each picture shows it.
+#    can do, and such models often take higher ones. The left panel of each picture shows whether it is so here.
 #
-# Two waves. First every model at every rate, with one seed: rates differ by far more than seeds. Then the other seeds
-# for each model's best rate: 3 rates + 2 seeds are 5 trainings per model and task instead of 9.
+def slug(model):
+    """A model's name as a folder's: "Qwen3 MoE" -> "qwen3-moe"."""
+    return re.sub(r"[^a-z0-9]+", "-", model.lower())
+
+
+# Three waves. First every model at every rate, with one seed: a saving, not a proof; where seeds scatter as much as
+# rates, the choice is partly luck. Then further rates for those whose best one is the lowest or the highest. Then the
+# other seeds, at each model's best rate alone: 3 rates + 2 seeds are 5 trainings per model and task instead of 9.
 def plan(cfg, task, models):
     """The first half of the work: every model at every rate, on the first seed. -> list of cells."""
     # A quick run keeps all but the number of steps, rates and seeds: the same code, the same sizes, weaker sentences.
     steps = TASKS["text" if task == "ablate" else task]["max_steps"]
     if cfg.quick:
         steps = QUICK.get(task, QUICK["text"])
-    rates = [float(rate) for rate in cfg.rates.split(",")]
-    rates = [rates[0], rates[-1]] if cfg.quick and len(rates) > 2 else rates
-    return [{"task": task, "model": model, "lr": rate, "seed": 1, "max_steps": steps, "data": cfg.data,
+    rates = list(dict.fromkeys(float(rate) for rate in cfg.rates.split(",")))
+    rates = rates[:2] if cfg.quick else rates
+    return [{"task": task, "model": model, "lr": rate, "seed": 1, "max_steps": steps,
+             "data": cfg.data if task in ("text", "ablate") else task,
              "code": code_of(task, model),
-             "out": str(Path(cfg.out, task, f"{re.sub(r'[^a-z0-9]+', '-', model.lower())}-{rate:g}-1"))}
+             "out": str(Path(cfg.out, *["quick"] * cfg.quick, task, f"{slug(model)}-{rate:g}-1"))}
             for model in models for rate in rates]
+
+
+def beyond_the_edge(rows):
+    """Models whose best rate is the lowest or the highest that they tried: the next one there. -> list of cells.
+
+    The same rule for all: an optimum counts when a lower and a higher rate did worse. The steps are factors of 2.4.
+    """
+    tried = {}
+    for row in rows:
+        tried.setdefault(row["cell"]["model"], {})[row["cell"]["lr"]] = row
+    more = []
+    for mine in tried.values():
+        best = min(mine, key=lambda rate: mine[rate]["choose"])
+        for edge, factor in ((min(mine), 1 / 2.4), (max(mine), 2.4)):
+            if best == edge and len(mine) < 8:  # a model that likes every rate better than the last is not learning
+                rate = float(f"{best * factor:.2g}")
+                cell = mine[best]["cell"]
+                more.append(cell | {"lr": rate, "out": re.sub(r"-[^-]+(?:e-\d+)?-1$", f"-{rate:g}-1", cell["out"])})
+    return more
 
 
 def with_seeds(rows, seeds):
@@ -693,8 +723,7 @@ def with_seeds(rows, seeds):
 
 
 # Processes and not threads: PyTorch's global seed, OpenMP's threads and sys.stdout belong to a process, and two
-# trainings in one would share them. A worker stays alive for all its cells, so torch is imported once and not 150
-# times.
+# trainings in one would share them. A worker stays alive for all its cells, so torch is imported once per wave.
 def train_all_cells(cfg, cells, bar):
     """Run the cells, cfg.jobs at once. -> their rows, in the cells' order. Ctrl-C keeps what is finished."""
     # spawn: a fresh Python per worker. Trap: fork copies a process whose threads (OpenMP's) are not copied, and hangs.
@@ -707,9 +736,19 @@ def train_all_cells(cfg, cells, bar):
             # No more than cfg.jobs are handed out: what lies in a pool's queue would still be trained after Ctrl-C.
             while missing and len(running) < cfg.jobs:
                 i = missing.pop(0)
+                # From here on the folder belongs to the new training: an old one's numbers must not vouch for it.
+                Path(cells[i]["out"], "cell.json").unlink(missing_ok=True)
                 running[pool.submit(run_cell, cells[i])] = i
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                rows[running.pop(future)] = row = future.result()
+                i = running.pop(future)
+                try:
+                    rows[i] = row = future.result()
+                except SystemExit as problem:
+                    # A rate at which a model diverges is an answer, not the end of the comparison: never chosen.
+                    if "not finite" not in str(problem):
+                        raise
+                    rows[i] = row = {"cell": cells[i], "choose": math.inf, "score": {}, "seconds": 0.0, "what": "",
+                                     "tables": None, "rest": None}
                 bar.update()
                 score = ", ".join(f"{key} {value:.3f}" for key, value in row["score"].items())
                 tqdm.write(f"{row['cell']['task']:10} {row['cell']['model']:20} lr {row['cell']['lr']:g}, seed "
@@ -731,8 +770,8 @@ THREADS = 2  # of all timings
 
 # What a training step holds, in the order in which it grows: weights, AdamW's two averages (as large as the weights
 # each; both are there before the step and not counted), activations of every layer until backward has used them, and
-# gradients, which take their place. With 128 rows activations are 20 times the weights here; in a large model with
-# short rows it is the other way round.
+# gradients, which take their place. With 128 rows activations are far larger than the weights here; in a large model
+# with short rows it is the other way round.
 def training_memory(step):
     """Largest sum of tensors (bytes) that step() held at once, on top of what was there before."""
     # Within one operation only the change at its end is seen: scratch memory that a kernel takes and returns is not.
@@ -802,7 +841,8 @@ def writing_times(task, name, model, prompts):
 
 def judging_time(task, name, model, split):
     """Median seconds for one verdict on one row: a single pass, nothing is written one by one."""
-    # One row at a time, not a batch: what one user waits for. In batches all of these are ten times as fast per row.
+    # One row at a time, not a batch: what one user waits for, padded to the task's length. In batches all are
+    # much faster per row.
     times = []
     for i in range(20):
         row = tuple(part[i:i + 1] for part in split)
@@ -824,7 +864,7 @@ def costs_of(cfg, task, rows):
     -> {model: {"flops_per_token", "train_tokens_per_second", "memory_mb", "first_ms", "token_ms", "answer_ms",
     "cache_bytes", "source_bytes"}}. Absolute times belong to this machine; ratios travel.
     """
-    # A fixed number of threads, stated in the results; losses above came from one thread each, and do not depend on it.
+    # A fixed number of threads, stated in the results; losses above came from one thread each.
     torch.set_num_threads(THREADS)
     out, steps, asked = {}, {}, {}
     for row in rows:
@@ -903,8 +943,8 @@ def summarise(rows, key):
     out = {}
     for row in rows:
         name, cell = row["cell"]["model"], row["cell"]
-        entry = out.setdefault(name, {"tables": row["tables"], "rest": row["rest"], "by_rate": {}, "values": [],
-                                      "second_half": []})
+        entry = out.setdefault(name, {"by_rate": {}, "values": [], "second_half": []})
+        entry |= {key: row[key] for key in ("tables", "rest") if row[key] is not None}
         if cell["seed"] == 1:
             entry["by_rate"][cell["lr"]] = (row["choose"], row["score"].get(key))
     for name, entry in out.items():
@@ -959,6 +999,10 @@ def conclusions(task, entries, costs, cfg):
     # No sentence below is typed: names, order, numbers and "level" all come from the runs.
     lonely = any(len(entry["values"]) == 1 for entry in entries.values())
     out = ["One seed each, so nobody knows which of these differences another seed would turn round."] if lonely else []
+    tried = {name: [float(rate) for rate in entry["by_rate"]] for name, entry in entries.items()}
+    edge = [name for name, rates in tried.items() if entries[name]["lr"] in (min(rates), max(rates))]
+    if edge:  # an optimum at the edge is no optimum: the model may be better than it looks
+        out.append(f"The best rate of {listed(edge)} is the lowest or highest that was tried: better ones may exist.")
     out += [f"{'Exact names' if task == 'translate' else 'Right verdicts' if higher else 'Bits per byte'}: "
            + ranking(entries, "values", higher, form)]
     if task == "text":
@@ -979,11 +1023,6 @@ def conclusions(task, entries, costs, cfg):
     late = max(costs, key=lambda name: costs[name]["answer_ms"])
     out.append(f"One answer: {quick} needs {costs[quick]['answer_ms']:.1f} ms, {late} "
                f"{costs[late]['answer_ms'] / costs[quick]['answer_ms']:.1f} times as long.")
-    # An optimum at the edge of the grid is no optimum: it may lie beyond, and the model may be better than it looks.
-    rates = [float(rate) for rate in next(iter(entries.values()))["by_rate"]]
-    edge = [name for name, entry in entries.items() if entry["lr"] in (min(rates), max(rates))]
-    if len(rates) > 2 and edge:
-        out.append(f"At the edge of the rates that were tried, so perhaps not at its best: {listed(edge)}.")
     return out
 
 
@@ -997,9 +1036,8 @@ def spread(values, form):
 
 # How to read the columns:
 #     parameters        those in embedding tables + all others. Equal in sum, within 5 % of GPT-2's
-#     kFLOPs per token  thousand operations of a forward pass over a full row, divided by its tokens. T5's are about
-#    half:
-#                       a token passes through one of two stacks
+#     kFLOPs per token  thousand operations of a forward pass over a full row, divided by its tokens. T5's are
+#                       about half: a token passes through one of two stacks
 #     training          tokens of the task's text per second, forward + backward + update; the same text for all, so
 #                       these are ratios of steps per second
 #     training step     memory that one step needs on top of weights and optimizer
@@ -1040,11 +1078,12 @@ def table(task, entries, costs):
 #    perplexity from it ranks sentences; it cannot be compared with the others' bits.)
 NOTES = {
     "translate": "BERT fills ten blanks in ten rounds and has no first word before the last round: its first token is "
-                 "the whole answer.",
+                 "the whole answer, and its time per further token a tenth of the same.",
     "match": "One pass, one verdict: no further token and no cache.",
     "review": "No pre-training: 6,200 sentences are all that these models ever read. One pass, one verdict.",
     "text": "BERT has no bits per byte: it gives p(token | both sides), whose product over a text is no probability. "
-            "T5 reads the first half of a block and writes the second, so it has the second column only.",
+            "T5 reads the first half of a block and writes the second, so it has the second column only; it is trained "
+            "on 32 predictions per row, the others on 64: equal rows read, half as many answers to learn from.",
     "ablate": "Each row is the one above it and one change more, its feed-forward width fitted to the same size.",
 }
 
@@ -1130,24 +1169,38 @@ def main(cfg):
         except OSError as problem:
             print(f"review: SST-2 cannot be had, so this question is left out. ({str(problem)[:90]} ...)")
             tasks.remove("review")
-    if "text" in tasks and cfg.data == "auto":  # settled once, so that all trainings read the same text
-        cfg = dataclasses.replace(cfg, data=text_ids("auto")[5])
+    if "text" in tasks or cfg.ablate:
+        # Settled now and not in forty workers; and a text that cannot be had, or is too short, should be said now.
+        cfg = dataclasses.replace(cfg, data=text_ids(cfg.data)[5])
+        if min(map(len, text_ids(cfg.data)[:3])) <= TASKS["text"]["block_size"]:
+            sys.exit(f"error: --data {cfg.data}: too short; a twentieth of it has to hold a row of 65 characters")
     # Who takes part: everybody, but BERT where a probability of a text is asked for.
     members = {task: [name for name in MODELS if (task, name) != ("text", "BERT")] for task in tasks}
     members |= {"ablate": list(WALK)} if cfg.ablate else {}
+    if not members:
+        sys.exit("error: no question is left to ask")
     first = [cell for task, names in members.items() for cell in plan(cfg, task, names)]
     seeds = 1 if cfg.quick else cfg.seeds
     total = len(first) + (seeds - 1) * sum(map(len, members.values()))
-    print(f"{total} trainings, {cfg.jobs} at a time, one thread each; those that are done are in {cfg.out}/")
-    # Questions in their order, so that an interrupted run has answered the first ones. Rates before seeds: a model's
-    # best rate is known only when all its rates are.
+    print(f"{total} trainings or a few more, {cfg.jobs} at a time, one thread each; what is done is in {cfg.out}/")
+    # First every rate of every question, then the seeds: a model's best rate is known only when all its rates are.
     bar = tqdm(total=total, desc="trainings", mininterval=1)
     rows = train_all_cells(cfg, first, bar)
-    for task in members:
-        own = [row for row in rows if row["cell"]["task"] == task]
-        rows += train_all_cells(cfg, with_seeds(own, seeds), bar)
+    # Second wave: further rates for those whose best is at the edge, until nobody's is. (A quick run leaves it at
+    # that.)
+    while not cfg.quick and (more := [cell for task in members for cell in beyond_the_edge(
+            [row for row in rows if row["cell"]["task"] == task])]):
+        bar.total += len(more)
+        rows += train_all_cells(cfg, more, bar)
+    # Third wave: the other seeds at each model's best rate.
+    rest = [cell for task in members
+            for cell in with_seeds([row for row in rows if row["cell"]["task"] == task], seeds)]
+    rows += train_all_cells(cfg, rest, bar)
     bar.close()
 
+    # Who reads the numbers must know where they come from: processor, threads, versions.
+    environment = {"cpu": cpu_name(), "threads": THREADS, "jobs": cfg.jobs, "torch": torch.__version__,
+                   "python": platform.python_version(), "system": platform.system()}
     # Everything is trained. Costs are measured now, in this one process, while nothing else runs.
     found = {}
     results = Path(cfg.results, "quick") if cfg.quick else Path(cfg.results)
@@ -1172,7 +1225,8 @@ def main(cfg):
             "budget": f"{cell['max_steps']:,} steps of {budget['batch_size']} rows of {data}, "
                       f"{size:,.0f} thousand parameters each, {seeds} seed{'s' if seeds > 1 else ''}.",
             "models": entries, "costs": costs, "table": table(task, entries, costs),
-            "conclusions": conclusions(task, entries, costs, cfg)}
+            "conclusions": conclusions(task, entries, costs, cfg), "environment": environment,
+            "training_seconds": round(sum(row["seconds"] for row in own))}
         picture(results / f"compare_architectures_{task}.png", task, found[task])
     # What is new replaces its question's old answer; the other questions' answers stay, so that one question can be
     # asked again without the others. Written in one piece when all is known: an interrupted run changes no result.
@@ -1180,11 +1234,7 @@ def main(cfg):
     path = results / "compare_architectures.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
     found = {task: (kept | found)[task] for task in (*TASKS, "ablate") if task in kept | found}
-    # Who reads the numbers must know where they come from: processor, threads, versions.
-    environment = {"cpu": cpu_name(), "threads": THREADS, "jobs": cfg.jobs, "torch": torch.__version__,
-                   "python": platform.python_version(), "system": platform.system()}
-    spent = round(sum(row["seconds"] for row in rows))  # of all trainings, those that were found finished included
-    whole = {"environment": environment, "training_seconds": spent, "tasks": found}
+    whole = {"tasks": found}
     decoder_only.write_atomically(path, lambda file: file.write((json.dumps(whole, indent=1) + "\n").encode()))
     decoder_only.write_atomically(path.with_suffix(".md"), lambda file: file.write(markdown(found, cfg).encode()))
     for task in members:
