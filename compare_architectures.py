@@ -1114,8 +1114,10 @@ def picture(path, task, one):
     matplotlib.use("Agg")  # draws into files; no window, so it works on a server
     import matplotlib.pyplot as plt
     # Okabe & Ito's colours differ in brightness too; markers differ for whoever sees no colour.
-    looks = dict(zip(one["models"], zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000"),
-                                        "osD^vPX", strict=True), strict=False))
+    looks = list(zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000"), "osD^vPX",
+                     strict=True))
+    # A model looks the same in all pictures, also where BERT does not take part.
+    order = list(WALK if task == "ablate" else MODELS)
     label = {"exact_match": "names exactly right", "accuracy": "verdicts right",
              "bits_per_byte": "bits per byte (lower is better)"}[QUALITY[task]]
     # Left: is anybody's best rate at the edge? Are the curves flat enough for one seed to choose by? Right: quality
@@ -1123,7 +1125,7 @@ def picture(path, task, one):
     costs = one["costs"]
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     for name, entry in one["models"].items():
-        color, marker = looks[name]
+        color, marker = looks[order.index(name)]
         points = [(float(rate), value) for rate, value in entry["by_rate"].items() if value is not None]
         if points:
             axes[0].plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
@@ -1134,13 +1136,16 @@ def picture(path, task, one):
         elif entry["values"]:
             axes[1].plot([list(one["models"]).index(name)] * len(entry["values"]), entry["values"], color=color,
                          marker=marker, ls="-", lw=1)
-    axes[0].set(xscale="log", xlabel="peak learning rate", ylabel=label, title="the same rates for all (first seed)")
+    axes[0].set(xscale="log", xlabel="peak learning rate", ylabel=label, title="rates tried, on the first seed")
     rates = sorted({float(rate) for entry in one["models"].values() for rate in entry["by_rate"]})
     axes[0].set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes[0].minorticks_off()
     axes[0].legend(fontsize=8)
     if costs:
         axes[1].set(xscale="log", xlabel="ms for one answer", title="all seeds at the best rate")
+        for which in (axes[1].xaxis.set_major_formatter, axes[1].xaxis.set_minor_formatter):
+            which(plt.FormatStrFormatter("%g"))  # 6 and 10, not 6 x 10^0 and 10^1
+        axes[1].tick_params(axis="x", which="both", labelsize=8)
     else:
         axes[1].set(title="one change at a time, all seeds at the best rate")
         axes[1].set_xticks(range(len(one["models"])), one["models"], rotation=30, ha="right", fontsize=8)

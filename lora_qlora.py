@@ -27,8 +27,8 @@ Expect   validation loss after 1,000 lines of the old form: full fine-tuning 0.3
          4.8% of the parameters 0.261 (0.244 to 0.273, 3 seeds), QLoRA on four bits 0.257 (0.227 to 0.276, 3 seeds); old
          names right 81% (77% to 85%, 3 seeds), 80% (78% to 83%, 3 seeds), 84% (80% to 89%, 3 seeds); modern names still
          right 4% (2% to 7%, 3 seeds), 5% (3% to 6%, 3 seeds), 6% (5% to 8%, 3 seeds) (base 100% (99% to 100%, 3
-         seeds)). With all 60,000 lines full fine-tuning is ahead: 0.120, LoRA 0.159. Of the squared full update 39%
-         (38% to 40%, 3 seeds) lies within rank 4 (results/lora_qlora.json)
+         seeds)). With all lines full fine-tuning 0.120, LoRA 0.159. Of the squared full update 39% (38% to 40%, 3
+         seeds) lies within rank 4 (results/lora_qlora.json)
 Asked    Why should an update of rank 16 be enough?   Why does B begin at 0?   What is alpha for?   Which layers?
          What has to be kept for the backward pass, when W is frozen?   What does an adapter cost at inference?
          What do the frozen weights still cost?  (grep "# Q:")
