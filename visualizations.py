@@ -6,7 +6,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THE IDEAS AS PICTURES                            python visualizations.py           minutes on a laptop CPU
+THE IDEAS AS PICTURES                            python visualizations.py           4 min on two CPU cores
 
 Idea     A picture of an idea is only worth looking at if it shows the thing itself. Each of these calls the functions
          of the script that it is about, or opens a model that was trained for it; nothing is sketched, and the sentence
@@ -21,8 +21,8 @@ Use      python visualizations.py                        all of them; trains wha
                                                          softmax nf4 lora dpo reward
          python visualizations.py --models runs          prefer runs that are there: runs/dpo, runs/lora_qlora ...
 Not here loss curves and timings: every script draws its own, compare_architectures.py compares
-Expect   eighteen pictures. The models behind them are small and most are trained for a part of their usual steps (each
-         picture says how many), so read shapes and orders of magnitude, not last digits
+Expect   18 pictures. The models behind them are small, and most are trained for a part of their usual steps (each
+         picture says how many): read shapes and orders of magnitude, not last digits (results/visualizations.json)
 Asked    Do attention maps explain a model?   Why does RoPE see distances only?   Why not one number per distance?
          Does a wider beam find better text?   Why do deep plain networks not learn?   Do neighbours in a flat map mean
          neighbours in the model?   What does a window forget?   Is LoRA a low-rank copy of the full update?

@@ -468,6 +468,11 @@ def test_a_stale_block_is_noticed(m, copy):
         assert changed != text and m.refresh_readme(changed, ROOT / "results", (name,)) == text, name
 
 
+def test_the_comparison_has_no_runs(m, tmp_path):
+    (tmp_path / "compare_architectures.json").write_text('{"tasks": {}}')
+    assert m.results("compare_architectures", tmp_path) is None and m.results("nothing", tmp_path) is None
+
+
 def test_its_own_header_adds_up_the_runs(m, tmp_path):
     for place, which in ((tmp_path, "default"), (tmp_path, "real"), (tmp_path / "quick", "quick")):
         place.mkdir(exist_ok=True)
