@@ -119,7 +119,7 @@ RECIPES = {
     "encoder_only": (encoder_only, "--max-steps 900 --warmup-steps 150 --eval-every 900", "numbers", "ckpt.pt"),
     "encoder_decoder": (encoder_decoder, "--max-steps 500 --eval-every 500", "numbers", "ckpt.pt"),
     "lora_qlora": (lora_qlora, "--base-steps 300 --max-steps 100 --eval-every 100", "numbers",
-                   "lora/adapter_model.safetensors full/ckpt.pt"),
+                   "lora/adapter_model.safetensors full/model.safetensors"),
     "dpo": (dpo, "--sft-steps 500 --pairs 1024 --max-steps 80 --eval-every 80 --no-compare", "numbers",
             "dpo/preferences.jsonl"),
     "ppo_grpo": (ppo_grpo, "--max-steps 400 --grpo-updates 40 --ppo-updates 40 --reinforce-updates 40 --eval-every 10",

@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Triton looks once, when it is imported, and many things import it: kernels then run in numpy.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import importlib.util
 import subprocess

@@ -148,7 +148,7 @@ def test_a_pass_records_everything(m, scratch, capsys):
     assert "printed" not in kept["runs"]["one"][1] and "out" not in first["config"]
     assert (scratch / "results" / "alpha_curve.png").read_bytes() == b"picture of a"
     assert (scratch / "results" / "curves.png").stat().st_size > 1000
-    assert first["arguments"] == "--value a" and first["wall_seconds"] > 0.2
+    assert first["arguments"] == "--value a" and first["wall_seconds"] > 0.1
     # Nothing is left of the journal: the next call is a new pass.
     assert not (scratch / "out" / "default" / "journal.jsonl").exists()
     lines = capsys.readouterr().out
@@ -454,7 +454,8 @@ def test_a_partial_results_folder(m, copy, capsys):
     m.refresh(copy / "some")
     told = capsys.readouterr().out
     assert (copy / "ppo_grpo.py").read_text() == before["ppo_grpo.py"]
-    assert "decoder_only.py: its header stays as it is, 'shakespeare'" in told and "llama3.py: its header stays" in told
+    assert "decoder_only.py: its header stays as it is; missing or not as it should be: 'shakespeare'" in told
+    assert "llama3.py: its header stays" in told
     assert "stale, " in (copy / "decoder_only.py").read_text() and "stale, " in (copy / "llama3.py").read_text()
 
 
