@@ -13,9 +13,9 @@ Idea     Numbers and their English names, 40215 <-> forty thousand two hundred f
 Picture  40215 --+-- encoder-only      [CLS] 4 0 2 1 5 [SEP] forty [MASK] two ... [SEP]     fill in; do they match?
                  +-- decoder-only      4 0 2 1 5 = forty thousand two hundred fifteen \\n    one line, left to right
                  +-- encoder-decoder   4 0 2 1 5 \\n  ->  forty thousand two hundred fifteen \\n  read, then write
-Symbols  B batch   T time (columns)   S source time   V vocabulary
+Symbols  B batch   T time (columns)   S source time
 Not here models: encoder_only.py and encoder_decoder.py learn this language, decoder_only.py a file of its lines
-Expect   floors in nats per token: 0 for words after digits, 0.98 for all tokens of a line, 0.69 with label smoothing
+Expect   floors, nats per token: 0 for words after digits, 0.98 for all tokens of a line, 0.69 with label smoothing
 Asked    Where does EOS go?   Why shift?   Which mask hides what?   What loss would a perfect model have?
          Why hold out by hash?   What does label smoothing do to the loss?                 (grep "# Q:")
 
@@ -128,7 +128,7 @@ def make_masks(mask):
 # Three framings of the same pairs. First BERT's, which asks two things: what is hidden, and do the sides match?
 def near_miss(n, rng):
     """A number that is easily taken for n: one digit changed, or at most 20 away. Never n itself."""
-    # An easy negative (any other number) gives itself away by its length. These have to be read digit by digit.
+    # Any other number would give itself away by its length. These have to be read digit by digit.
     other = n
     while other == n:
         digits = list(str(n))
@@ -210,7 +210,6 @@ def digit_floor():
     draw_numbers picks a length, then a number of that length, and keeps it if it is in the split. So with N(d) numbers
     of length d in the split, P(d) ~ N(d) / (all numbers of length d), and the entropy is H(P) + sum P(d) ln N(d).
     """
-    # Exact, by asking the hash a million times: about a second.
     count = Counter(len(str(n)) for n in range(1_000_000) if not is_validation(n))
     share = {d: count[d] / (10 if d == 1 else 9 * 10 ** (d - 1)) for d in count}
     P = {d: share[d] / sum(share.values()) for d in share}
