@@ -13,7 +13,7 @@ Idea     Start with 256 tokens, the bytes. Count which two stand side by side mo
          token, replace it everywhere, repeat. Frequent words become one token, rare ones a few, and nothing is ever
          unknown, because every text is bytes.
 Picture  text -> pieces (a regex: words, numbers, spaces) -> bytes -> merges, lowest rank first -> ids
-         "low lower" -> "low", " lower" -> l o w, _ l o w e r -> lo w -> low ...
+         " lower" -> _ l o w e r -> _ lo w e r -> _ low e r -> _low e r
 Not here WordPiece, SentencePiece and its unigram model, normalization (NFC): BPE on bytes needs none
 Expect   3,840 merges on Tiny Shakespeare in 0.5 s, 3.24 bytes per token on held-out text
 Asked    Why bytes and not characters?   Why split before merging?   Why is a model bad at spelling and sums?
@@ -43,7 +43,7 @@ class Config:
     vocab_size: int = 4096           # tokens to end with: 256 bytes, the rest is learned
     pattern: str = "gpt4"            # how to split before merging: gpt2 | gpt4
     sentence: str = "The unhappiest of 1024 tokenizers: naïve, isn't it?"  # shown under several vocabularies
-    load: str = ""                   # tokenizer.json of an earlier run: show --sentence under it, train nothing
+    load: str = ""                   # tokenizer.json (or GPT-2's vocab.bpe) to show --sentence under
     out: str = "runs/bpe_tokenizer"  # folder for tokenizer.json, summary.json and the picture
 
 
@@ -53,7 +53,7 @@ PRESETS = {"default": {}}
 # --- 2. Model: from the definition to the fast form ------------------------------------------------------------------
 # Q: Why bytes and not characters?
 # A: There are 155,000 characters (Unicode 16) and 256 bytes. A vocabulary of characters is either huge or has an <unk>
-#    for what it left out, and <unk> cannot be turned back into text. With bytes decode(encode(text)) == text, always.
+#    for what it left out, and <unk> cannot be turned back into text. With bytes decode(encode(text)) == text.
 #
 # Q: Why split before merging?
 # A: Without it "dog." "dog!" "dog?" and "dog " would all become tokens of their own: the most frequent neighbors are a
@@ -61,8 +61,8 @@ PRESETS = {"default": {}}
 #    of punctuation), and merges stay inside a piece.
 #
 # A space belongs to the word BEHIND it: " the" is one piece. Text is then a plain concatenation, with no rule for where
-# spaces go. Read the patterns as alternatives, the first match wins (\p{L} letter, \p{N} digit, \s white space, ++ and
-# ?+ take all and never give back, which changes nothing here but speed):
+# spaces go. GPT-2's pattern is a list of alternatives, the first match wins (\p{L} letter, \p{N} digit, \s white space;
+# ++ and ?+ take all and never give back, which changes nothing here but speed):
 #     '(?:[sdmt]|ll|ve|re)       's 'd 'm 't 'll 've 're
 #      ?\p{L}++ and  ?\p{N}++    letters; digits; each with at most one space before
 #      ?[^\s\p{L}\p{N}]++        signs, with at most one space before
@@ -70,7 +70,8 @@ PRESETS = {"default": {}}
 #     \s+(?!\S)                  white space but its last, which is left for the word after it: "a  b" -> "a" " " " b"
 #     \s                         what is left, such as a single line end before a word
 # GPT-4 (cl100k): contractions in capitals too; digits in groups of at most 3, so "1234567" is cut 123|456|7 and there
-# are only 1,110 kinds of digit pieces; a sign may lead a word as a space does ("(word"); line ends stand alone.
+# are only 1,110 kinds of ASCII digit pieces; a sign may lead a word as a space does ("(word"); line ends join the signs
+# or spaces before them.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     "gpt4": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
@@ -109,7 +110,7 @@ def train_slow(text, vocab_size, pattern="gpt4"):
     while 256 + len(merges) < vocab_size:
         # This line is the cost: it visits the whole text for every merge.
         counts = Counter(pair for word in words for pair in pairs(word))
-        best = min(counts, key=lambda pair: (-counts[pair], pair), default="")
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default="")  # "": no pair at all, its count is 0
         if counts[best] < 2:
             break
         words = [word.replace(best, chr(256 + len(merges))) for word in words]
@@ -132,8 +133,7 @@ def train_bpe(text, vocab_size, pattern="gpt4"):
             counts[pair] += weights[i]
             where[pair].add(i)
     # heapq pops the smallest entry: the largest count and, among equals, the smallest pair. That is the rule for ties.
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
+    heap = sorted((-count, pair) for pair, count in counts.items())  # a sorted list is a heap
     merges = []
     while heap and 256 + len(merges) < vocab_size:
         count, pair = heapq.heappop(heap)
@@ -149,9 +149,9 @@ def train_bpe(text, vocab_size, pattern="gpt4"):
         for i in where.pop(pair):
             parts = words[i].split(pair)
             words[i] = new.join(parts)
-            # Only pairs next to a replacement change. So put a character that is no token for the inside of long parts
-            # ("abcde" -> "a?e"), take the pairs of what is left out of the counts as it was, and put them in as it is
-            # now. Without this, one word of 300,000 letters would be counted from end to end for every merge.
+            # Only pairs next to a replacement change. So shorten the parts between ("abcde" -> "a?e", ? is no token),
+            # subtract all pairs from before and add those from after: what did not change cancels out. Without this, a
+            # word of 300,000 letters would be counted from end to end for every merge.
             short = [part if len(part) < 3 else part[0] + "\U0010ffff" + part[-1] for part in parts]
             for gone in pairs(pair.join(short)):
                 counts[gone] -= weights[i]
@@ -168,12 +168,12 @@ def train_bpe(text, vocab_size, pattern="gpt4"):
 class BPE:
     """A byte-level tokenizer: merges, the pattern they were learned under, special tokens {text: id}.
 
-    byte_order: 256 bytes, the ids 0..255 in order; None is 0, 1, 2 ... (GPT-2 shuffled them, see read_gpt2).
+    byte_order[i] is the byte with the id i; None means i itself (GPT-2 shuffled them, see read_gpt2).
     token_bytes: {id: bytes}. n_vocab: one more than the largest id.
     """
 
     def __init__(self, merges, pattern="gpt4", special_tokens=None, byte_order=None):
-        self.merges, self.pattern, self.special_tokens = merges, pattern, dict(special_tokens or {})
+        self.merges, self.pattern, self.special_tokens = list(map(tuple, merges)), pattern, dict(special_tokens or {})
         self.byte_order = list(byte_order or range(256))
         self.to_id = {b: i for i, b in enumerate(self.byte_order)}
         self.token_bytes = {i: bytes([b]) for i, b in enumerate(self.byte_order)}
@@ -195,7 +195,7 @@ class BPE:
             for pair, new in self.ranks.items():
                 word = word.replace(pair, chr(new))
         # The same for a short word: of the pairs that are there, merge the one that was learned first, until none is
-        # left. A merge makes pairs with the new token only, which were learned later: the lowest rank never goes back.
+        # left. A merge makes pairs with the new token only, which were learned later, so ranks only rise.
         while found := [pair for pair in pairs(word) if pair in self.ranks]:
             first = min(found, key=self.ranks.get)
             word = word.replace(first, chr(self.ranks[first]))
@@ -205,7 +205,7 @@ class BPE:
         """Text -> ids; special tokens in it are text like any other. For everything that a user typed."""
         ids = []
         for piece in split(text, self.pattern):
-            if piece not in self.cache:  # language repeats itself: nine pieces in ten are known already
+            if piece not in self.cache:  # nine pieces in ten are known already (a server would limit this cache)
                 self.cache[piece] = self.encode_piece(piece)
             ids += self.cache[piece]
         return ids
@@ -216,7 +216,7 @@ class BPE:
         # a turn in the system's name: the SQL injection of language models.
         # Longest first: otherwise "<|end|>" would win inside "<|end|>of". "(?!)" matches nothing.
         names = sorted(self.special_tokens, key=len, reverse=True)
-        # The brackets make re.split keep the separators: "a<|x|>b" -> "a", "<|x|>", "b".
+        # The parentheses make re.split keep the separators: "a<|x|>b" -> "a", "<|x|>", "b".
         parts = re.split("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")", text)
         return [i for part in parts for i in
                 ([self.special_tokens[part]] if part in self.special_tokens else self.encode_ordinary(part))]
@@ -237,18 +237,17 @@ class BPE:
     def load(cls, path):
         """Read what save() wrote. Raises OSError or ValueError if it is something else."""
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-        if set(state) != {"merges", "pattern", "special_tokens", "byte_order"}:
+        if not isinstance(state, dict) or state.keys() != {"merges", "pattern", "special_tokens", "byte_order"}:
             raise ValueError(f"{path} is not a tokenizer.json of {Path(__file__).name}")
         return cls(**state)
 
     def to_tiktoken(self):
-        """-> a tiktoken.Encoding in Rust with the same ids. Raises ValueError when two merges make the same bytes."""
+        """-> a tiktoken.Encoding in Rust with the same ids."""
         import tiktoken
         # tiktoken keeps bytes -> rank and no pairs: it merges any two neighbors whose bytes together are a token. Two
         # merges that give the same bytes ("ab"+"c" and "a"+"bc") are one entry there.
         ranks = {self.token_bytes[i]: i for i in range(256 + len(self.merges))}
-        if len(ranks) < 256 + len(self.merges):
-            raise ValueError("two merges make the same bytes; tiktoken cannot tell them apart")
+        assert len(ranks) == 256 + len(self.merges), "two merges make the same bytes"
         return tiktoken.Encoding("bpe", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks,
                                  special_tokens=self.special_tokens)
 
@@ -276,17 +275,18 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
 
 
 def load_text(name):
-    """-> (text, its real name). auto = Tiny Shakespeare from ./data (or $LLM_DATA), downloaded if it is not there; if
-    that fails, Python's own help texts (pydocs). Raises OSError if there is no such file, ValueError if not UTF-8."""
+    """-> (text, name of what was loaded). auto = Tiny Shakespeare in ./data (or $LLM_DATA), else downloaded, else
+    Python's own help texts (pydocs). Raises OSError if there is no such file, ValueError if it is not UTF-8."""
     if name in ("auto", "shakespeare"):
         (url, sha256), path = SHAKESPEARE, Path(os.environ.get("LLM_DATA", "data"), "tinyshakespeare.txt")
         try:
             if not path.is_file():
-                import requests  # timeout: 3 s to connect, so that an offline laptop does not hang; 60 s between bytes
+                import requests
+                content = requests.get(url, timeout=(3, 60)).content  # 3 s to connect: an offline laptop must not hang
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise OSError(f"{url} is not the expected file: its SHA-256 differs")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(requests.get(url, timeout=(3, 60)).content)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise OSError(f"{path} is not the expected file (its SHA-256 differs): delete it to download it again")
+                path.write_bytes(content)
             return path.read_text(encoding="utf-8"), "shakespeare"
         except OSError as problem:  # requests' exceptions are OSErrors too
             if name == "shakespeare":
@@ -300,15 +300,15 @@ def load_text(name):
 
 # --- 8. Main: watch it learn, then look where it hurts ---------------------------------------------------------------
 # Q: Why are language models bad at spelling and at sums?
-# A: They see chunks, not letters or digits. " strawberry" is one id of GPT-2 (41236), its r's are hearsay; 1234 is
-#    cut as 12|34 and 12345 as 123|45, so the digit that a carry goes to is in another token each time.
-# Trap: a prompt that ends in a space. " 4" is one token with its space in front; after "is " the model has to start
-# with a bare "4", which it rarely saw there. Symptom: worse answers from a prompt that looks the same. Strip it.
+# A: They see chunks, not letters or digits. " strawberry" is one id of GPT-2 (41236), its three r's are never seen;
+#    GPT-2 cuts 1234 as 12|34 and 12345 as 123|45, so the same place value is in a different token each time.
+# Trap: a prompt that ends in a space. " Paris" is one token with its space in front; after "in " the model has to start
+# with a bare "Paris", which it rarely saw there. Symptom: worse answers from a prompt that looks the same. Strip it.
 #
 # Q: Why does the same sentence cost more in Hindi than in English?
-# A: Twice over. UTF-8 needs 106 bytes for its 40 characters (English 41 for 41), and merges learned on English hardly
-#    apply. You pay per token, and the context fills several times faster.
-TRICKY = ("I'll say: DON'T!", "7 77 777 7777 77777", "hello Hello HELLO", "a b  c   d", "The answer is ", "मनुष्य")
+# A: Twice over. UTF-8 needs three bytes for a Hindi letter and one for an English one, and merges learned on English
+#    hardly apply. You pay per token, and the context fills several times faster.
+TRICKY = ("I'll say: DON'T!", "7 77 777 7777 77777", "hello Hello HELLO", "a b  c   d", "She lives in ", "मनुष्य")
 
 
 def show_tokens(bpe, text):
@@ -336,6 +336,8 @@ def main(cfg):
         print(f"{show_tokens(bpe, cfg.sentence)}\n{bpe.encode_ordinary(cfg.sentence)}")
         return bpe
     text, name = load_text(cfg.data)
+    if len(text) < 20 or cfg.pattern not in PATTERNS or cfg.vocab_size < 256:
+        raise ValueError("needs 20 characters of text, a pattern (gpt2 or gpt4), and a vocab_size of at least 256")
     # Compression on the training text itself would flatter.
     learn, held_out = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
     began = time.perf_counter()
@@ -345,7 +347,7 @@ def main(cfg):
     bpe = BPE(merges, cfg.pattern, {"<|endoftext|>": 256 + len(merges)})
 
     # 1. The merges. First letters that follow each other, then syllables, then the words of this text. The parts of a
-    # token always stand higher in this list: a merge can only join tokens that exist.
+    # token are always learned earlier: a merge can only join tokens that exist.
     for i in [i for i in (0, 1, 2, 3, 4, 9, 19, 49, 99, 199, 499, 999, 1499, 1999, 2999, 9999) if i < len(merges)]:
         new, left, right = (bpe.token_bytes[token].decode(errors="replace") for token in (256 + i, *merges[i]))
         print(f"{i + 1:7,d}  {left!r:10} + {right!r:10} -> {new!r}")
@@ -360,7 +362,7 @@ def main(cfg):
     # 3. The first k merges of a training are the training for k merges.
     # Q: A larger vocabulary: what is gained, what is lost?
     # A: Gained: fewer tokens, so cheaper steps and a longer reach. Lost: each token is seen less often, and embedding
-    #    and head grow with V: at width 768, 0.8 million parameters per 1,000 tokens.
+    #    and head grow with V: at width 768, each by 0.8 million parameters per 1,000 tokens (once if tied).
     table = []
     for size in sorted({*(2 ** k for k in range(8, 16) if 2 ** k < bpe.n_vocab), 256 + len(merges)}):
         one = BPE(merges[:size - 256], cfg.pattern)

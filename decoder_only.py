@@ -14,7 +14,7 @@ Idea     Predict the next token, everywhere at once. A row of T tokens holds T e
          token t+1. A mask that hides the future lets one forward pass do all T of them, and the same weights then
          write text: guess, append the guess, guess again.
 Picture  ids (B,T) -> wte + wpe (B,T,C) -> n_layer x [x + attn(ln_1(x)); x + mlp(ln_2(x))] -> ln_f -> lm_head (B,T,V)
-Symbols  B batch   T new tokens   S = past + T   C n_embd   H heads   D head size = C/H   V vocabulary   K beams
+Symbols  B batch   T tokens in a call   S = past + T   C n_embd   H heads   D head size = C/H   V vocabulary   K beams
 New here everything: this is the parent of the family. Later models are read as a difference from this one.
 Not here RoPE, RMSNorm, grouped queries (llama3.py), experts (qwen3_moe.py), prompts of unequal length (kv_cache.py)
 Expect   validation loss 1.70 nats per character after 2,000 steps on Tiny Shakespeare, 1.24 on Python's help texts
@@ -54,7 +54,7 @@ class Config:
     tokenizer: str = "char"           # char: one id per character of the text | gpt2, cl100k_base ...: tiktoken's BPE
     out: str = "runs/decoder_only"    # folder for checkpoint, curve and summary
     seed: int = 1337                  # decides initial weights, batches, dropout and samples
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (compare its first losses with cpu)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
     # Shape. The defaults are nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
     block_size: int = 64              # longest context in tokens
@@ -62,7 +62,7 @@ class Config:
     n_head: int = 4                   # attention heads; each is n_embd / n_head wide
     n_embd: int = 128                 # width of the residual stream
     vocab_size: int = 0               # 0 = as many as the tokenizer has; 50304 = 128 * 393 is faster on GPUs than 50257
-    dropout: float = 0.0              # share of activations zeroed in training; needed once epochs repeat
+    dropout: float = 0.0              # share of activations zeroed in training; needed when text is seen many times
     # Optimization. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: 1.5 passes over Shakespeare.
     max_steps: int = 2000             # optimizer steps
     batch_size: int = 12              # rows per micro-step
@@ -71,7 +71,7 @@ class Config:
     warmup_steps: int = 100           # steps of linear warm-up
     beta2: float = 0.99               # memory of Adam's second moment: 0.99 looks back about 100 steps
     eval_every: int = 250             # steps between evaluations on the validation split, each with a checkpoint
-    # Decoding. 0.8 is a habit that suits small models: their unlikely tokens are mostly mistakes.
+    # Decoding. 0.8 is a common choice for small models: their unlikely tokens are mostly mistakes.
     load: str = ""                    # run folder, Hugging Face folder or repository ("gpt2") to start from
     prompt: str = ""                  # text to continue; together with --load nothing is trained
     max_new_tokens: int = 400         # tokens to write
@@ -86,7 +86,7 @@ PRESETS = {
     # nanoGPT's GPU run: 10.8 million parameters on 1 MB of text. It sees each character 80 times: hence the dropout.
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
                         max_steps=5000, lr=1e-3),
-    # Half a million tokens a step. The paper does not give its training settings; these are nanoGPT's. Larger GPT-2s
+    # Half a million tokens a step. The paper does not give batch, rate and betas; these are nanoGPT's. Larger GPT-2s
     # differ in --n-layer, --n-head, --n-embd alone: medium 24 16 1024, large 36 20 1280, xl 48 25 1600.
     "gpt2": dict(tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, batch_size=12, grad_accum=40,
                  max_steps=600_000, lr=6e-4, warmup_steps=2000, beta2=0.95, eval_every=2000),
@@ -139,7 +139,7 @@ def attention(q, k, v, mask):
     scores = scores.masked_fill(~mask, -math.inf)                              # (B, H, T, S)
     # Q: What does the mask cost?
     # A: Half of the attention matmuls: T x S scores are computed, those above the diagonal thrown away. All scores are
-    #    T / (6*C) of the other matmuls, 22 % in GPT-2 (1024/4608). Flash attention skips the tiles above the diagonal.
+    #    T / (6*C) of the block's other matmuls, 22 % in GPT-2 (1024/4608). flash_attention.py skips what is hidden.
     return scores.softmax(-1) @ v                                              # (B, H, T, D)
 
 
@@ -166,16 +166,16 @@ class CausalSelfAttention(nn.Module):
         # Trap: view(B, H, T, D) has the right shape and the wrong numbers: it cuts along time, not along heads.
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, 2))  # (B, H, T, D) each
         # Q: Why q and k and not one vector for both?
-        # A: x.x would be symmetric, but "a verb looks for its subject" is not, and a token would mostly find itself.
+        # A: One vector z for both would make the score z_i . z_j symmetric, but "a verb looks for its subject" is not.
         #    Two projections let what a token seeks differ from what it offers, for C*C more weights per layer.
         if cache is not None:
             k, v = cache.append(self, k, v)                                    # (B, H, S, D) each
         # attention(q, k, v, mask) in one fused call. It works in tiles and never stores the T x S scores, which at
-        # T = 1024 are 12 heads x 1 M = 48 MiB per row and layer in float32, written and read several times.
-        S, drop = k.size(2), self.cfg.dropout if self.training else 0.0
+        # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
+        S, rate = k.size(2), self.cfg.dropout if self.training else 0.0
         mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything
-        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=T == S > 1)  # (B, H, T, D)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), drop)  # (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, mask, rate, is_causal=T == S and T > 1)  # (B, H, T, D)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), rate)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -230,7 +230,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(cfg.vocab_size, cfg.n_embd),    # what the token is
-            wpe=nn.Embedding(cfg.block_size, cfg.n_embd),    # where it stands: of order, attention sees only the mask
+            wpe=nn.Embedding(cfg.block_size, cfg.n_embd),    # where it stands: without it only the mask tells order
             h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
             ln_f=nn.LayerNorm(cfg.n_embd)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -239,20 +239,21 @@ class GPT(nn.Module):
         #    million at GPT-2's size, and a rare token's row learns from every prediction instead of its own few uses
         #    (Press & Wolf 2017, arXiv 1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
-        # Initial weights: random, or all units of a layer would get equal gradients and stay equal; small, or softmax
-        # saturates. A product x @ W keeps the size of x at std = 1/sqrt(fan-in). GPT-2 took 0.02 for every width: about
-        # right at 1600 (0.025), too small at 128 (0.088), where the first steps are then lost.
+        # Initial weights are random, because equal units would get equal gradients and stay equal; and small, so that
+        # softmax does not saturate. x @ W keeps the size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02 for all
+        # widths: about right at 1600 (0.025), too small at 128 (0.088).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # Each block adds two branches to the stream, and the variance of a sum grows with the number of terms.
                 # Dividing the last matrix of each branch by sqrt(2 * n_layer) keeps it (GPT-2 paper, section 2.3).
                 shrink = math.sqrt(2 * cfg.n_layer) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(p, std=cfg.n_embd ** -0.5 / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, ids, cache=None):
         """ids (B, T) int64 -> logits (B, T, V): row t scores token t+1. cache holds the tokens before them, if any."""
         past, T = cache.length if cache is not None else 0, ids.size(1)
-        assert past + T <= self.cfg.block_size, f"{past + T} tokens, but {self.cfg.block_size} positions"
         positions = torch.arange(past, past + T, device=ids.device)            # (T)
         x = self.transformer.wte(ids) + self.transformer.wpe(positions)        # (B, T, C)
         x = F.dropout(x, self.cfg.dropout, self.training)                      # (B, T, C)
@@ -295,17 +296,18 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
 
 
 def load_text(name):
-    """-> (text, its real name). auto = Tiny Shakespeare from ./data (or $LLM_DATA), downloaded if it is not there; if
-    that fails, Python's own help texts (pydocs). Raises OSError if there is no such file, ValueError if not UTF-8."""
+    """-> (text, name of what was loaded). auto = Tiny Shakespeare in ./data (or $LLM_DATA), else downloaded, else
+    Python's own help texts (pydocs). Raises OSError if there is no such file, ValueError if it is not UTF-8."""
     if name in ("auto", "shakespeare"):
         (url, sha256), path = SHAKESPEARE, Path(os.environ.get("LLM_DATA", "data"), "tinyshakespeare.txt")
         try:
             if not path.is_file():
-                import requests  # timeout: 3 s to connect, so that an offline laptop does not hang; 60 s between bytes
+                import requests
+                content = requests.get(url, timeout=(3, 60)).content  # 3 s to connect: an offline laptop must not hang
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise OSError(f"{url} is not the expected file: its SHA-256 differs")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(requests.get(url, timeout=(3, 60)).content)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise OSError(f"{path} is not the expected file (its SHA-256 differs): delete it to download it again")
+                path.write_bytes(content)
             return path.read_text(encoding="utf-8"), "shakespeare"
         except OSError as problem:  # requests' exceptions are OSErrors too
             if name == "shakespeare":
@@ -318,7 +320,7 @@ def load_text(name):
 
 
 # Q: Characters or byte-level BPE?
-# A: Characters: a small table, nothing to learn in advance, but many tokens. GPT-2's BPE: each id is worth 3.3
+# A: Characters: a small table, nothing to learn in advance, but many tokens. GPT-2's BPE: each id covers about 3.3
 #    characters of Shakespeare, so the same context reaches further; but the embedding has 50,257 * C weights.
 #
 # encode: text -> list of ids; decode: back; eos: the id that ends a text, -1 = none; make_tokenizer(*spec) rebuilds it.
@@ -353,7 +355,8 @@ def text_rows(ids, block_size, stride):
 
     ids 0 1 2 3 4 5 6 with T = 3, stride 1:  inputs 012 123 234 345   targets 123 234 345 456
                                stride 3:     inputs 012 345           targets 123 456
-    stride 1 to train: any start is a row. stride T to validate: every token but the first is predicted exactly once."""
+    stride 1 to train: any start is a row. stride T to validate: every token is predicted once (not the first, nor a
+    tail shorter than T)."""
     # unfold makes a view: a million windows that overlap share one text in memory instead of holding T copies of it.
     return ids[:-1].unfold(0, block_size, stride), ids[1:].unfold(0, block_size, stride)
 
@@ -394,8 +397,8 @@ def lr_at(step, cfg):
     # step + 1: update 0 already moves. Trap: step / warmup_steps makes the first update a no-op.
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model, cfg):
@@ -421,45 +424,44 @@ def make_optimizer(model, cfg):
 @torch.no_grad()
 def evaluate(model, data, cfg):
     """-> mean loss in nats per counted token over the WHOLE split. Leaves the model in eval mode."""
-    # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many is a lucky one.
+    # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
     # Trap: drawing them from the training generator: evaluating more often then changes the training.
     model.eval()  # dropout off
-    loss_sum = 0.0
-    for batch in zip(*(part.split(cfg.batch_size) for part in data), strict=True):
-        loss_sum += compute_loss(model, *(t.to(cfg.device) for t in batch)).item()
+    batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
+    loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
     return loss_sum / (data[-1] != IGNORE).sum().item()
 
 
 def save_checkpoint(path, **state):
-    """Write beside `path`, then rename: whether killed or out of disk, the old file or the new one is there, whole."""
+    """Write beside `path`, then rename: if killed or out of disk, `path` still is a complete file, old or new."""
     with open(path.with_suffix(".tmp"), "wb") as file:
         torch.save(state, file)
     os.replace(path.with_suffix(".tmp"), path)
 
 
 # Q: How much arithmetic is one training step?
-# A: About 6 operations per parameter and token: 2 forward, 4 backward. GPT-2 124M with 0.49 M tokens a step: 367 TFLOP,
-#    about 3 s on a GPU that really reaches 125 TFLOP/s.
-def train(model, cfg, train_data, val_data, spec, state=None, after_eval=lambda: None):
+# A: About 6 operations per parameter and token (2 forward, 4 backward), attention scores not counted. GPT-2 124M with
+#    0.49 M tokens a step: 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
+def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda: None):
     """Train to cfg.max_steps, from `state` (a checkpoint) on if given. -> history, a list of dicts.
 
     spec: what rebuilds the tokenizer, kept in the checkpoint. Ctrl-C finishes the step, saves and exits. Raises
     ValueError if the loss is not finite; the last checkpoint is then kept.
     """
-    optimizer, first, history = make_optimizer(model, cfg), 0, []
+    optimizer, done, history = make_optimizer(model, cfg), 0, []
     if state:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
         optimizer.load_state_dict(state["optimizer"])
-        first, history = state["step"], state["history"]
+        done, history = state["step"], state["history"]
     # Q: Why is there no GradScaler?
     # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits. float16
     #    is the one that needs scaling: below 6e-5 it loses digits, below 6e-8 everything.
-    amp = torch.autocast("cuda", torch.bfloat16, enabled=cfg.device == "cuda")
+    amp = torch.autocast("cuda", torch.bfloat16, enabled=cfg.device.startswith("cuda"))
     stop = []  # Ctrl-C only leaves a mark here, so that no step is cut in half; a second Ctrl-C ends at once
     before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
     began, recent = time.perf_counter() - (history[-1]["seconds"] if history else 0), []
-    bar = tqdm(range(first + 1, cfg.max_steps + 1), "train", cfg.max_steps, initial=first, mininterval=0.5)
+    bar = tqdm(range(done + 1, cfg.max_steps + 1), "train", cfg.max_steps, initial=done, mininterval=0.5)
     for step in bar:
         model.train()  # evaluate and generate switch dropout off
         for group in optimizer.param_groups:
@@ -470,26 +472,25 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_eval=lambda:
         # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
         #    the short one's tokens 9 times as much. Symptom: trading batch_size for grad_accum changes the loss.
         count, loss = (batch[-1] != IGNORE).sum().clamp(min=1), 0.0
-        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would need 590 GB of activations. In 40
-        # pieces they give the same gradient.
+        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations for the
+        # backward pass. In 40 pieces they give the same gradient.
         for micro in zip(*(t.split(cfg.batch_size) for t in batch), strict=True):
             with amp:
-                part = compute_loss(model, *(t.to(cfg.device, non_blocking=True) for t in micro)) / count
-            part.backward()  # adds into .grad: the micro-steps' gradients add up
-            loss += part.detach()
+                share = compute_loss(model, *(t.to(cfg.device) for t in micro)) / count
+            share.backward()  # adds into .grad: the micro-steps' gradients add up
+            loss += share.detach()
         # Clipping: g *= min(1, 1 / |g|), |g| over all weights together. Adam bounds the step anyway; what one huge
         # gradient would spoil is v, and with it about the next 1 / (1 - beta2) updates.
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss)
-        # Reading a number waits until the GPU has computed it, so most steps end here.
+        # Reading a number waits until the GPU has computed it, so it is done at every 10th step only.
         evaluating = step % cfg.eval_every == 0 or step in (1, cfg.max_steps)
         if not (evaluating or stop or step % 10 == 0):
             continue
         row = dict(step=step, loss=torch.stack(recent).mean().item(), seconds=time.perf_counter() - began)
         recent = []
-        bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if not math.isfinite(row["loss"] + norm.item()):
             raise ValueError(f"the loss is not finite at step {step}, try a lower --lr; the checkpoint is kept")
         if evaluating:
@@ -499,7 +500,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_eval=lambda:
         if evaluating or stop:
             save_checkpoint(Path(cfg.out, "ckpt.pt"), config=dataclasses.asdict(cfg), tokenizer=spec, step=step,
                             history=history, model=model.state_dict(), optimizer=optimizer.state_dict())
-            after_eval()
+            after_save()
         if stop:
             sys.exit(f"interrupted: step {step} is saved, --resume continues from there")
     signal.signal(signal.SIGINT, before)
@@ -539,7 +540,7 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B)
 
 
-# Nothing looks ahead, so while writing the keys and values of the past never change and can be kept:
+# Nothing looks ahead, so keys and values of past tokens never change and can be kept:
 #
 #     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
 #     one token    q k v of 1 token; q meets all keys so far         k v --> one column more
@@ -547,8 +548,8 @@ class KVCache:
     """Keys and values of the tokens so far: {attention module: (k, v)}, each (B, H, S, D)."""
 
     # Q: What does the KV cache save, and what does it cost?
-    # A: Without it, token n+1 recomputes all n tokens before it: n^2 work for n tokens. It costs 2 * n_layer * C
-    #    numbers a token: for GPT-2 124M in bf16 36 KiB, or 36 MiB for a full context of 1,024 tokens, per row.
+    # A: Without it, token n+1 recomputes all n tokens before it: n^2 / 2 token passes for n tokens. It costs
+    #    2 * n_layer * C numbers a token: 36 KiB for GPT-2 124M in bfloat16, 36 MiB for its context of 1,024 tokens.
     def __init__(self):
         self.layers, self.length = {}, 0
 
@@ -584,16 +585,16 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
     """
     start, cache = ids.size(1), KVCache()
     model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)          # (B)
-    # Two speeds: the first pass reads the whole prompt and is bound by arithmetic; each further one reads all weights
-    # for one token per row and is bound by memory. That is why a long answer costs more than a long question.
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)         # (B)
+    # Two speeds: the first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights
+    # for one token per row and is limited by memory. That is why a long answer costs more than a long question.
     for _ in range(max_new_tokens):
         token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
-        token = token.masked_fill(done, eos)                                   # (B)
-        done |= token == eos
+        token = token.masked_fill(ended, eos)                                  # (B)
+        ended |= token == eos
         ids = torch.cat((ids, token[:, None]), 1)                              # (B, n)
         on_token(token)
-        if done.all():
+        if ended.all():
             break
     return ids[:, start:]                                                      # (B, N)
 
@@ -619,24 +620,24 @@ def beam_search(model, ids, max_new_tokens, num_beams=4, length_penalty=1.0, eos
     #    lose it: a first word of 0.4 whose best sequel has 0.9 beats a first word of 0.6 with 0.5.
     start, cache, K, finished = ids.size(1), KVCache(), num_beams, []
     model.eval()
-    ids = ids.repeat(K, 1)                                                     # (K, n)
+    ids = ids.repeat(K, 1)                                                     # (K, T)
     # All K beams start as the same prompt, so all but the first start at -inf: otherwise step 1 would keep K copies of
     # its best token.
     scores = torch.tensor([0.0] + [-math.inf] * (K - 1), device=ids.device)    # (K)
     for n in range(1, max_new_tokens + 1):
         logp = next_logits(model, ids, cache).float().log_softmax(-1) + scores[:, None]  # (K, V)
         # Each beam offers at most one ending, so 2K candidates always hold K that go on.
-        best, index = logp.flatten().topk(min(2 * K, logp.numel()))            # (2*K)
+        top, index = logp.flatten().topk(min(2 * K, logp.numel()))             # (2*K)
         beam, token = index // logp.size(1), index % logp.size(1)              # (2*K)
         ids = torch.cat((ids[beam], token[:, None]), 1)                        # (2*K, n)
         ends = (token == eos) | (n == max_new_tokens)                          # (2*K)
         # An ending counts only among the K best: at rank K+1 the prefix would have been cut, had it gone on.
-        finished += [(best[i].item() / n ** length_penalty, ids[i, start:].tolist()) for i in range(K) if ends[i]]
+        finished += [(top[i].item() / n ** length_penalty, ids[i, start:].tolist()) for i in range(K) if ends[i]]
         finished = sorted(finished, reverse=True)[:K]
-        alive = (~ends).nonzero()[:K, 0]                                       # (K)
-        if len(alive) == 0 or (len(finished) == K and best[alive[0]] / n ** length_penalty <= finished[-1][0]):
+        alive = (~ends).nonzero()[:K, 0]  # K indices, none in the last round
+        if len(alive) == 0 or (len(finished) == K and top[alive[0]] / n ** length_penalty <= finished[-1][0]):
             break
-        scores, ids = best[alive], ids[alive]
+        scores, ids = top[alive], ids[alive]
         cache.select(beam[alive])  # the survivors may all stem from one beam
     return finished
 
@@ -659,9 +660,9 @@ def hf_config(cfg):
                 eos_token_id=50256 if cfg.vocab_size > 50256 else None)
 
 
-# Fields of a config.json that do not change the arithmetic.
-FREE = ("architectures|.*_pdrop|.*_token_id|summary_.*|(torch_)?dtype|n_ctx|initializer_range|use_cache|output_past|"
-        "transformers_version|_name_or_path|task_specific_params|reorder_and_upcast_attn")
+# Fields of a config.json that do not change the arithmetic. Any other one that hf_config does not know is refused.
+HARMLESS = ("architectures|.*_pdrop|.*_token_id|summary_.*|(torch_)?dtype|n_ctx|initializer_range|use_cache|n_special|"
+            "output_past|predict_special_tokens|transformers_version|_name_or_path|task_specific_params")
 
 
 # Q: How do you know that published weights arrived right?
@@ -680,8 +681,8 @@ def from_pretrained(name):
     cfg = Config(block_size=hf.get("n_positions", 1024), vocab_size=hf.get("vocab_size", 50257),
                  n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=hf.get("n_embd", 768))
     for key, value in hf.items():
-        # A wrong epsilon or GELU changes no shape: better refused than silently wrong. None and False: not used.
-        if value not in (None, hf_config(cfg).get(key, False)) and not re.fullmatch(FREE, key):
+        # A wrong epsilon or GELU changes no shape: better refused than silently wrong. None and False mean "not used".
+        if value not in (hf_config(cfg).get(key, False), None) and not re.fullmatch(HARMLESS, key):
             raise ValueError(f"config.json says {key} = {value!r}, which this file does not implement")
     # Some files call it transformer.wte.weight, some wte.weight; the tied head may be there or not; old files carry 12
     # causal masks, 50 of 548 MB.
@@ -695,7 +696,8 @@ def from_pretrained(name):
 
 
 def save_pretrained(model, folder):
-    """Write config.json and model.safetensors: transformers and from_pretrained read them."""
+    """Write config.json and model.safetensors, which transformers and from_pretrained read. --load needs a
+    tokenizer.json beside them."""
     from safetensors.torch import save_file
     Path(folder).mkdir(parents=True, exist_ok=True)
     # named_parameters() names a shared tensor once, state_dict() twice; safetensors refuses two names for one memory.
@@ -724,8 +726,8 @@ def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda to
     if cfg.beams > 1:
         new = beam_search(model, ids, max_new_tokens, cfg.beams, eos=tokenizer.eos)[0][1]
     else:  # a generator of its own: looking at samples during training must not change the training
-        dice = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        new = generate(model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, dice,
+        generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+        new = generate(model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator,
                        on_token)[0].tolist()
     return tokenizer.decode([token for token in new if token != tokenizer.eos and token < tokenizer.n_vocab])
 
@@ -739,8 +741,8 @@ def load(cfg):
             state = torch.load(path, map_location="cpu", weights_only=True)
             model = GPT(Config(**state["config"]))
             model.load_state_dict(state["model"])
-            return model, make_tokenizer(*state["tokenizer"]), state
-        model = from_pretrained(cfg.load)
+            return model.to(cfg.device), make_tokenizer(*state["tokenizer"]), state
+        model = from_pretrained(cfg.load).to(cfg.device)
         return model, make_tokenizer("json", (model.folder / "tokenizer.json").read_text(encoding="utf-8")), None
     except Exception as problem:  # files, zip, pickle and torch each have their own kinds; here all mean the same
         raise ValueError(f"{path.parent} holds no model of {Path(__file__).name}: {problem}") from problem
@@ -751,14 +753,14 @@ def main(cfg):
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it: 10 mantissa bits, several times faster
     # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
-    if cfg.resume:  # all settings as they were, but for where things are now
+    if cfg.resume:  # all settings as they were, except paths and device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device,
                                   data=model.cfg.data if cfg.data == "auto" else cfg.data)
     elif cfg.load:  # the shape of what was loaded
         shape = {name: getattr(model.cfg, name) for name in "block_size n_layer n_head n_embd vocab_size".split()}
         cfg, model.cfg.dropout = dataclasses.replace(cfg, **shape), cfg.dropout
         if cfg.prompt:
-            bar, model = tqdm(total=cfg.max_new_tokens, unit=" tokens"), model.to(cfg.device)
+            bar = tqdm(total=cfg.max_new_tokens, unit=" tokens")
             text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, lambda token: bar.update())
             bar.close()
             print(cfg.prompt + text)
@@ -766,16 +768,17 @@ def main(cfg):
 
     train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
     cfg = dataclasses.replace(cfg, data=name, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab))
-    # A model needs a token to start from. The first one of the text is always in the vocabulary.
-    prompt = cfg.prompt or tokenizer.decode(train_data[0][0, :1].tolist())
+    # A model needs something to start from: a word of the text, which is always in the vocabulary.
+    prompt = cfg.prompt or re.search(r"\w+|.", tokenizer.decode(train_data[0][0].tolist()), re.S)[0]
+    tokenizer.encode(prompt)  # an unknown character is an error now and not after the training
+    torch.manual_seed(cfg.seed)
+    model = (model or GPT(cfg)).to(cfg.device)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, ln V = {math.log(cfg.vocab_size):.2f}")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "ckpt.pt").is_file() and not cfg.resume:
         print(f"note: {out} holds a trained model, it is kept as previous.pt")
         os.replace(out / "ckpt.pt", out / "previous.pt")
-    torch.manual_seed(cfg.seed)
-    model = (model or GPT(cfg)).to(cfg.device)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, ln V = {math.log(cfg.vocab_size):.2f}")
     # The samples show it learn: noise, then spaces, then words, then names.
     history = train(model, cfg, train_data, val_data, tokenizer.spec, state, lambda: tqdm.write(
         f"            {write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))!r}"))
@@ -788,9 +791,8 @@ def main(cfg):
         config=dataclasses.asdict(cfg), val_loss=val_loss, results=dict(bits_per_byte=bits_per_byte), seconds=seconds,
         history=history, sample=text)))
     plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(name).name}")
-    word = re.search(r"\w+|$", text)[0]
     print(f"\n{text.strip()}\n\nReached: val loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte, {seconds:.0f} s; "
-          f'see {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt "{word}"')
+          f'see {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt "{prompt}"')
     return model
 
 

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_house import NOT_YET, ORCHESTRATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +39,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Orchestrators and published results are out of step until their issue rebuilds them: skipped by NOT_YET alone.
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        if name in NOT_YET and name in {*ORCHESTRATORS, "results"}:
+            item.add_marker(pytest.mark.skip(reason=f"NOT_YET: issue {NOT_YET[name]} rebuilds {name}"))
     # Skipped rather than deselected: the summary then says that they exist and how to run them.
     if "slow" in config.getoption("markexpr"):
         return
