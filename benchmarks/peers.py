@@ -286,26 +286,30 @@ class NanoGPTTraining:
 # --- decoder_only.py -------------------------------------------------------------------------------------------------
 def training_step(m, rounds, steps, folder):
     """Milliseconds per optimizer step, ours and nanoGPT's, on the same characters."""
+    import torch
     text, name = corpus()
-    # Evaluation and checkpoints lie behind the horizon; what is left of the final ones happens after the last stamp.
-    cfg = m.Config(data=name, out=str(Path(folder) / "ours"), device="cpu", max_steps=steps + 2, eval_every=10 ** 9,
-                   save_every=10 ** 9)
-    train_rows, val_rows, tokenizer, _ = m.make_data(cfg)
+    cfg = m.Config(data=name, out=folder, device="cpu", max_steps=steps + 2, eval_every=10 ** 9)
+    train_rows, val_rows, tokenizer, *_ = m.make_data(cfg)
     cfg = m.dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
-    val_rows = tuple(part[:cfg.batch_size] for part in val_rows)
-    ours = m.build_model(cfg)
+    torch.manual_seed(0)
+    ours, draw = m.GPT(cfg), m.get_batch
+    # Evaluations and checkpoints, which both loops have, are left out.
+    m.evaluate, m.save_checkpoint = lambda *_: 0.0, lambda *_, **__: None
     theirs = NanoGPTTraining(tokenizer.encode(text[:int(0.9 * len(text))]), tokenizer.n_vocab, folder)
     last = {}
 
     def our_steps():
-        # train() itself, whole: progress bar, metrics every 10 steps, the callback. It is called behind every step, so
-        # the time from step 1 to step 1 + steps holds just that many steps; step 1, which also sets up the optimizer's
-        # state and prints, is outside, like the construction of the optimizer in the other loop.
+        # train() itself, whole: progress bar and history. get_batch opens every step, so the time from its 2nd call to
+        # call 2 + steps holds just that many; step 1, which also sets up the optimizer's state and prints, is outside,
+        # like the construction of the optimizer in the other loop.
         stamps = {}
-        result = m.train(ours, cfg, train_rows, val_rows, m.compute_loss,
-                         after_step=lambda step: stamps.setdefault(step, time.perf_counter()))
-        last["loss"] = result["history"][-1]["loss"]
-        return stamps[1 + steps] - stamps[1]
+
+        def stamped(data, rows, seed, step):
+            stamps[step] = time.perf_counter()
+            return draw(data, rows, seed, step)
+        m.get_batch = stamped
+        last["loss"] = m.train(ours, cfg, train_rows, val_rows, tokenizer.spec)[-1]["loss"]
+        return stamps[2 + steps] - stamps[2]
 
     seconds = take_turns({"ours": our_steps, "nanogpt": lambda: theirs.run(steps)}, rounds)
     milliseconds = {name: statistics.median(times) / steps * 1000 for name, times in seconds.items()}
@@ -328,13 +332,15 @@ def generation(m, rounds, new_tokens, folder):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # std 0.3: with small random weights the best two logits nearly tie, and rounding would choose the tokens.
-    cfg = m.Config(vocab_size=65, block_size=320, device="cpu", init_std=0.3)
-    ours = m.build_model(cfg).eval()
+    # Wide weights: with small random ones the best two logits nearly tie, and rounding would choose the tokens.
+    torch.manual_seed(0)
+    ours = m.GPT(m.Config(vocab_size=65, block_size=320, device="cpu")).eval()
+    for p in ours.parameters():
+        p.data *= 3.4 if p.dim() == 2 else 1.0
     # nanoGPT with GPT-2's biases and tanh GELU, so that the same weights mean the same model.
     nano = nanogpt_class()(65, 320, 4, 4, 128, bias=True, gelu=nn.GELU(approximate="tanh")).eval()
     nano.load_state_dict(ours.state_dict())
-    m.save_pretrained(ours, cfg, Path(folder) / "hf")
+    m.save_pretrained(ours, Path(folder) / "hf")
     hf = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").eval()
     prompt, out = torch.randint(65, (1, 16), generator=torch.Generator().manual_seed(0)), {}
     mask = torch.ones_like(prompt)
@@ -462,7 +468,7 @@ def bpe_tokenizer(args):
         kept["ours"] = [tuple(pair) for pair in m.train_bpe(part, 512)]
 
     def with_minbpe():
-        kept["minbpe"] = minbpe_train(part, 512, m.GPT4_PATTERN)
+        kept["minbpe"] = minbpe_train(part, 512, m.PATTERNS["gpt4"])
 
     seconds = take_turns({"ours": timed(with_ours), "minbpe": timed(with_minbpe)}, rounds, warm_up=False)
     merges, (their_merges, their_length) = kept["ours"], kept["minbpe"]
