@@ -325,7 +325,7 @@ def draw_sizes(path, table):
     ax.plot(sizes, seen, "o-", label="text it was trained on")
     ax.plot(sizes, held_out, "o-", label="held-out text")
     ax.set_xscale("log", base=2)
-    ax.legend()
+    ax.legend(title="What a larger vocabulary buys")
     figure.savefig(path)
 
 

@@ -591,7 +591,7 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
     for _ in range(max_new_tokens):
         token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
         token = token.masked_fill(ended, eos)                                  # (B)
-        ended |= token == eos
+        ended = token == eos                                                   # (B)
         ids = torch.cat((ids, token[:, None]), 1)                              # (B, n)
         on_token(token)
         if ended.all():
@@ -713,9 +713,9 @@ def save_pretrained(model, folder):
 def plot_curve(path, history, title):
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
     ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per token", title=title)
-    for key, label in (("loss", "training batches"), ("val_loss", "validation, whole split")):
+    for key, style, label in (("loss", "-", "training batches"), ("val_loss", "o-", "validation, whole split")):
         rows = [row for row in history if key in row]
-        ax.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
+        ax.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label)
     ax.legend()
     figure.savefig(path)
 
