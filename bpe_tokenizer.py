@@ -149,10 +149,10 @@ def train_bpe(text, vocab_size, pattern="gpt4"):
         for i in where.pop(pair):
             parts = words[i].split(pair)
             words[i] = new.join(parts)
-            # Only pairs next to a replacement change. So shorten the parts between ("abcde" -> "a?e", ? is no token),
+            # Only pairs next to a replacement change. So shorten the parts between to their ends ("abcde" -> "ae"),
             # subtract all pairs from before and add those from after: what did not change cancels out. Without this, a
             # word of 300,000 letters would be counted from end to end for every merge.
-            short = [part if len(part) < 3 else part[0] + "\U0010ffff" + part[-1] for part in parts]
+            short = [part[:1] + part[-1:] for part in parts]
             for gone in pairs(pair.join(short)):
                 counts[gone] -= weights[i]
             for came in pairs(new.join(short)):

@@ -466,6 +466,7 @@ def test_a_model_with_its_own_tokenizer_writes_and_is_tuned(m, hf, published, ca
     new = other.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)
     told = m.make_tokenizer("json", Path("gpt/tokenizer.json").read_text()).decode(new[0].tolist())
     assert capsys.readouterr().out.rstrip("\n") == told.rstrip("\n") and ids[0] == 257
+    assert m.make_tokenizer("json", Path("gpt/tokenizer.json").read_text()).eos == 0
     tuned = m.main(m.Config(load="gpt", data="text.txt", dropout=0.1, **TINY | dict(max_steps=2)))
     assert tuned.cfg.dropout == 0.1 and not torch.equal(tuned.lm_head.weight, model.lm_head.weight)
     assert weights("runs/decoder_only/ckpt.pt")["tokenizer"][0] == "json"
@@ -508,19 +509,25 @@ def test_a_run_from_a_shell(m, run_script, monkeypatch, capsys):
     folder = Path("a folder")
     folder.mkdir()
     monkeypatch.chdir(folder)
-    flags = ("--data ../text.txt --max-steps 6 --eval-every 3 --n-layer 1 --n-embd 16 --n-head 2 --block-size 8 "
+    os.rename("../text.txt", "../téxt.txt")  # a console that knows ASCII only prints a question mark for the é
+    flags = ("--data ../téxt.txt --max-steps 6 --eval-every 3 --n-layer 1 --n-embd 16 --n-head 2 --block-size 8 "
              "--device cpu --out").split()
     m.main(m.parse_config([*flags, "my run"]))
     assert "ln V = 3.0" in (first := capsys.readouterr().out) and "previous" not in first
     summary = json.loads(Path("my run/summary.json").read_text(encoding="utf-8"))
     assert summary["val_loss"] / math.log(2) == pytest.approx(summary["results"]["bits_per_byte"], rel=0.05)
-    assert summary["config"]["data"] == "../text.txt" and Path("my run/curve.png").stat().st_size > 5000
+    assert summary["config"]["data"] == "../téxt.txt" and Path("my run/curve.png").stat().st_size > 5000
     second = run_script(m.__file__, *flags, "my run", cwd=".", env={"PYTHONIOENCODING": "ascii"})
     assert second.returncode == 0 and "kept as previous.pt" in second.stdout.split("step")[0], second.stderr
     assert same_run("my run/ckpt.pt", "my run/previous.pt")
     command = second.stdout.strip().splitlines()[-1].removeprefix("Next:")
     told = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
     assert told.startswith(shlex.split(command)[-1])
+
+
+class Evil:
+    def __reduce__(self):  # what a pickle calls when it is opened
+        return open, ("hacked", "w")
 
 
 def test_user_errors_are_one_line(m, run_script):
@@ -532,13 +539,17 @@ def test_user_errors_are_one_line(m, run_script):
     torch.save({"config": {"n_kv_head": 2}}, "foreign.pt")
     Path("foreign").mkdir()
     os.rename("foreign.pt", "foreign/ckpt.pt")
+    Path("evil").mkdir()
+    torch.save({"config": {}, "model": Evil()}, "evil/ckpt.pt")
     for flags, words in {"--data binary": "utf-8", "--data short": "too short", "--data empty": "too short",
                          "--data nowhere": "nowhere", "--data half": "directory", "--load half --prompt x": "half",
                          "--load foreign --prompt x": "foreign", "--resume --out nowhere": "nowhere",
+                         "--load evil --prompt x": "evil",
                          "--data text.txt --tokenizer x": "x", "--data text.txt --n-head 5": "n_head",
                          "--data text.txt --prompt Ω --max-steps 1": "lacks"}.items():
         with pytest.raises((OSError, ValueError), match=words):
             m.main(m.parse_config([*flags.split(), "--device", "cpu"]))
+    assert not Path("hacked").exists() and not Path("runs").exists()  # no code ran, nothing was begun
     done = run_script(m.__file__, "--load", "half", "--prompt", b"\xff\xfe".decode(errors="surrogateescape"), cwd=".")
     assert done.returncode == 1 and done.stderr.startswith("error: half") and len(done.stderr.splitlines()) == 1
     done = run_script(m.__file__, "--help", cwd=".", env={"PYTHONIOENCODING": "cp932"})

@@ -132,6 +132,7 @@ def test_run_and_written_lines(m, tmp_path, monkeypatch, capsys):
     assert '--data "my numbers.txt"' in capsys.readouterr().out
     text = (tmp_path / "my numbers.txt").read_text()
     lines = text.splitlines()
+    assert text.endswith("\n")
     assert all(m.number_to_words(int(n)) == name for n, name in (line.split("=") for line in lines))
     # What decoder_only.py trains on, the first nine tenths of the characters, holds no held-out number.
     trained = text[:int(0.9 * len(text))].splitlines()
