@@ -505,7 +505,12 @@ def test_files_as_on_the_hub(m, published):
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
-def test_a_run_from_a_shell(m, run_script, monkeypatch, capsys):
+def shell(m, *flags, encoding="utf-8"):
+    return subprocess.run([sys.executable, m.__file__, *flags], capture_output=True, text=True, errors="replace",
+                          env=os.environ | {"PYTHONIOENCODING": encoding})
+
+
+def test_a_run_from_a_shell(m, monkeypatch, capsys):
     folder = Path("a folder")
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -517,7 +522,7 @@ def test_a_run_from_a_shell(m, run_script, monkeypatch, capsys):
     summary = json.loads(Path("my run/summary.json").read_text(encoding="utf-8"))
     assert summary["val_loss"] / math.log(2) == pytest.approx(summary["results"]["bits_per_byte"], rel=0.05)
     assert summary["config"]["data"] == "../téxt.txt" and Path("my run/curve.png").stat().st_size > 5000
-    second = run_script(m.__file__, *flags, "my run", cwd=".", env={"PYTHONIOENCODING": "ascii"})
+    second = shell(m, *flags, "my run", encoding="ascii")
     assert second.returncode == 0 and "kept as previous.pt" in second.stdout.split("step")[0], second.stderr
     assert same_run("my run/ckpt.pt", "my run/previous.pt")
     command = second.stdout.strip().splitlines()[-1].removeprefix("Next:")
@@ -530,7 +535,7 @@ class Evil:
         return open, ("hacked", "w")
 
 
-def test_user_errors_are_one_line(m, run_script):
+def test_user_errors_are_one_line(m):
     Path("binary").write_bytes(bytes(range(256)))
     Path("short").write_text("too short")
     Path("empty").write_text("")
@@ -550,9 +555,9 @@ def test_user_errors_are_one_line(m, run_script):
         with pytest.raises((OSError, ValueError), match=words):
             m.main(m.parse_config([*flags.split(), "--device", "cpu"]))
     assert not Path("hacked").exists() and not Path("runs").exists()  # no code ran, nothing was begun
-    done = run_script(m.__file__, "--load", "half", "--prompt", b"\xff\xfe".decode(errors="surrogateescape"), cwd=".")
+    done = shell(m, "--load", "half", "--prompt", b"\xff\xfe".decode(errors="surrogateescape"))
     assert done.returncode == 1 and done.stderr.startswith("error: half") and len(done.stderr.splitlines()) == 1
-    done = run_script(m.__file__, "--help", cwd=".", env={"PYTHONIOENCODING": "cp932"})
+    done = shell(m, "--help", encoding="cp932")
     flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(m.Config)]
     assert done.returncode == 0 and all(flag in done.stdout for flag in flags)
 
