@@ -80,6 +80,10 @@ class Config:
     top_p: float = 1.0                # sample among the likeliest that together have probability p
     beams: int = 1                    # above 1: beam search, without temperature, top-k, top-p
 
+    def __post_init__(self):
+        if min(self.n_head, self.max_steps, self.batch_size, self.grad_accum) < 1 or self.n_embd % self.n_head:
+            raise ValueError("n_head must divide n_embd; heads, steps and batch sizes start at 1")
+
 
 PRESETS = {
     "laptop": {},  # the defaults above
@@ -152,8 +156,6 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_head = {cfg.n_head} does not divide n_embd = {cfg.n_embd}")
         self.cfg = cfg
         self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # q, k and v in one product: one large matmul beats three
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)      # mixes the heads, which know nothing of each other so far
@@ -488,11 +490,11 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
             continue
         row = dict(step=step, loss=torch.stack(recent).mean().item(), seconds=time.perf_counter() - began)
         recent = []
-        if not math.isfinite(row["loss"] + norm.item()):
-            raise ValueError(f"the loss is not finite at step {step}, try a lower --lr; the checkpoint is kept")
         if evaluating:
             row["val_loss"] = evaluate(model, val_data, cfg)
             tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}")
+        if not math.isfinite(row["loss"] + norm.item() + row.get("val_loss", 0)):
+            raise ValueError(f"the loss is not finite at step {step}, try a lower --lr; the checkpoint is kept")
         history.append(row)
         if evaluating or stop:
             save_checkpoint(Path(cfg.out, "ckpt.pt"), config=dataclasses.asdict(cfg), tokenizer=spec, step=step,
@@ -516,7 +518,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
 #     top_k 2           [.62 .38  0   0 ]   top_p 0.8 the same: .50 + .30 reach 0.8     top_p 0.81   [.53 .32 .16  0 ]
 def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
-    if temperature == 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
+    if temperature <= 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
         return logits.argmax(-1)                                               # (B)
     # Dividing before the cut matters for top-p: a hot distribution is flatter, so more tokens are needed to reach p.
     logits = logits / temperature                                              # (B, V)
@@ -733,15 +735,15 @@ def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda to
 
 
 def load(cfg):
-    """What --resume or --load names -> (model, tokenizer, checkpoint or None). Raises ValueError if it is neither."""
-    path = Path(cfg.out if cfg.resume else cfg.load, "ckpt.pt")
+    """What --resume or --load names -> (model, tokenizer, checkpoint to resume or None). Raises ValueError if none."""
+    path = Path(cfg.out if cfg.resume else cfg.load.removesuffix("ckpt.pt"), "ckpt.pt")
     try:
         if cfg.resume or path.is_file():
             # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.
             state = torch.load(path, map_location="cpu", weights_only=True)
             model = GPT(Config(**state["config"]))
             model.load_state_dict(state["model"])
-            return model.to(cfg.device), make_tokenizer(*state["tokenizer"]), state
+            return model.to(cfg.device), make_tokenizer(*state["tokenizer"]), state if cfg.resume else None
         model = from_pretrained(cfg.load).to(cfg.device)
         return model, make_tokenizer("json", (model.folder / "tokenizer.json").read_text(encoding="utf-8")), None
     except Exception as problem:  # files, zip, pickle and torch each have their own kinds; here all mean the same
@@ -750,7 +752,6 @@ def load(cfg):
 
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> the model."""
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it: 10 mantissa bits, several times faster
     # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
     if cfg.resume:  # all settings as they were, except paths and device
@@ -768,17 +769,17 @@ def main(cfg):
 
     train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
     cfg = dataclasses.replace(cfg, data=name, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab))
-    # A model needs something to start from: a word of the text, which is always in the vocabulary.
-    prompt = cfg.prompt or re.search(r"\w+|.", tokenizer.decode(train_data[0][0].tolist()), re.S)[0]
+    # A model needs something to start from: the first word of the text (max takes the first, if there is any).
+    prompt = cfg.prompt or max(re.findall(r"\w+|\W", tokenizer.decode(train_data[0][0].tolist())), key=str.isalnum)
     tokenizer.encode(prompt)  # an unknown character is an error now and not after the training
     torch.manual_seed(cfg.seed)
     model = (model or GPT(cfg)).to(cfg.device)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, ln V = {math.log(cfg.vocab_size):.2f}")
-    out = Path(cfg.out)
+    out, kept = Path(cfg.out), time.strftime("ckpt-%Y%m%d-%H%M%S.pt")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "ckpt.pt").is_file() and not cfg.resume:
-        print(f"note: {out} holds a trained model, it is kept as previous.pt")
-        os.replace(out / "ckpt.pt", out / "previous.pt")
+        print(f"note: {out} holds a trained model, it is kept as {kept}")
+        (out / kept).write_bytes((out / "ckpt.pt").read_bytes())
     # The samples show it learn: noise, then spaces, then words, then names.
     history = train(model, cfg, train_data, val_data, tokenizer.spec, state, lambda: tqdm.write(
         f"            {write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))!r}"))
@@ -790,7 +791,7 @@ def main(cfg):
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
         config=dataclasses.asdict(cfg), val_loss=val_loss, results=dict(bits_per_byte=bits_per_byte), seconds=seconds,
         history=history, sample=text)))
-    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(name).name}")
+    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(name).name}".replace("$", r"\$"))
     print(f"\n{text.strip()}\n\nReached: val loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte, {seconds:.0f} s; "
           f'see {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt "{prompt}"')
     return model
