@@ -252,7 +252,7 @@ def draw_masks(path, ids, mask):
     from matplotlib.figure import Figure
     row, T = int(mask.sum(1).argmin()), ids.size(1)
     names = [TOY_VOCAB[i].replace("\n", "\\n") for i in ids[row].tolist()]
-    titles = "padding mask: no pads", "causal mask: no future", "both: a decoder with padded rows"
+    titles = "padding mask: no pads", "causal mask: no future", "both together"
     figure = Figure(figsize=(13, 4.8), layout="tight")
     for ax, title, allowed in zip(figure.subplots(1, 3), titles, make_masks(mask[row:row + 1]), strict=True):
         ax.imshow(allowed.expand(1, T, T)[0].tolist(), cmap="Greens", vmin=0, vmax=1.4)
