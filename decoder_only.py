@@ -423,13 +423,13 @@ def make_optimizer(model, cfg):
 
 @torch.no_grad()
 def evaluate(model, data, cfg):
-    """-> mean loss in nats per counted token over the WHOLE split. Leaves the model in eval mode."""
+    """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
     # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
     # Trap: drawing them from the training generator: evaluating more often then changes the training.
     model.eval()  # dropout off
     batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
     loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
-    return loss_sum / (data[-1] != IGNORE).sum().item()
+    return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
 
 
 def save_checkpoint(path, **state):
@@ -459,7 +459,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
     began, recent = time.perf_counter() - (history[-1]["seconds"] if history else 0), []
     bar = tqdm(range(done + 1, cfg.max_steps + 1), "train", cfg.max_steps, initial=done, mininterval=0.5)
     for step in bar:
-        model.train()  # evaluate and generate switch dropout off
+        model.train()  # evaluate and after_save switch dropout off
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, cfg)  # set, not stepped: a scheduler would be one more state to save
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, too, is a function of the step
@@ -710,11 +710,11 @@ def save_pretrained(model, folder):
 
 # --- 8. Main: train, look at the result, report ----------------------------------------------------------------------
 # How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
-# the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
-# targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
+# the text by heart; more data, more dropout or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate
+# of 0, shuffled targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
 def plot_curve(path, history, title):
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
-    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per token", title=title)
+    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per target", title=title)
     for key, style, label in (("loss", "-", "training batches"), ("val_loss", "o-", "validation, whole split")):
         rows = [row for row in history if key in row]
         ax.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label)

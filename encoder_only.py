@@ -16,7 +16,7 @@ Picture  ids, segments (B,T) -> word + position + segment -> LN (B,T,C) -> n_lay
            -> at the M hidden positions only: dense, GELU, LN, word table -> (M,V)          which token was it?
            -> at [CLS] only: tanh(dense) -> (B,2)                                           do the two halves match?
 Symbols  B batch   T time   C n_embd   H heads   D head size = C/H   V vocabulary   M hidden positions   G classes
-         R rows of a data set
+         R rows of a data set   N numbers, 0 to 999,999
 New here no causal mask, post-norm blocks, segments, heads at chosen positions, noise 80/10/10, WordPiece, filling in
          blanks. The training loop is decoder_only.py's, pasted unchanged; a test keeps it so.
 Not here ModernBERT's parts (rotary positions, packing), ELECTRA, training of sentence vectors
@@ -26,8 +26,8 @@ Asked    Why not always [MASK]?   Why only at the hidden positions?   Post-norm 
 
     python encoder_only.py                                     numbers and their names: fill blanks, do they match?
     python encoder_only.py --load runs/encoder_only --prompt "4[MASK]215 [SEP] forty thousand two hundred fifteen"
-    python encoder_only.py --preset sentences --data my.tsv    lines of sentence, tab, label 0, 1 ...: pre-train on them
-    python encoder_only.py --preset classify --data my.tsv --load runs/encoder_only --out runs/labels   then on labels
+    python encoder_only.py --preset sentences --data my.tsv --out runs/body   lines of sentence, tab, label 0, 1 ...:
+    python encoder_only.py --preset classify --data my.tsv --load runs/body   pre-train on the text, then on the labels
     python encoder_only.py --load bert-base-uncased --prompt "Paris is the [MASK] of France."
 """
 import argparse
@@ -59,7 +59,7 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
     block_size: int = 64              # longest row in tokens; a number and its name need 18
-    n_layer: int = 3                  # layers
+    n_layer: int = 3                  # how many BertLayers
     n_head: int = 4                   # attention heads; each is n_embd / n_head wide
     n_embd: int = 64                  # width of every token's vector
     vocab_size: int = 0               # 0 = as many as the tokenizer has (sentences: at most 6,000)
@@ -170,8 +170,8 @@ class BERT(nn.Module):
                                   "seq_relationship": nn.Linear(C, 2)})
         self.cls["predictions"].register_parameter("bias", nn.Parameter(torch.zeros(cfg.vocab_size)))
         self.classifier = nn.Linear(C, cfg.n_labels) if cfg.n_labels else None
-        # BERT wrote 0.02, at width 64 six times too small: all vectors look alike, and the match head learns nothing
-        # for hundreds of steps. x @ W keeps the size of x at 1/sqrt(C).
+        # x @ W keeps the size of x if W has std 1/sqrt(C). BERT took 0.02 at width 768 (1/sqrt(768) = 0.036); at width
+        # 64 (0.125) that would be six times too small, and all vectors would look alike at first.
         for name, p in self.named_parameters():
             if "LayerNorm" not in name:
                 nn.init.normal_(p, std=C ** -0.5 if p.dim() == 2 else 0.0)  # biases start at 0
@@ -219,7 +219,7 @@ class BERT(nn.Module):
 
 
 def mean_pool(x, mask):
-    """Mean of the real tokens' vectors: a sentence vector.   x (B, T, C), mask (B, T) bool -> (B, C)."""
+    """A sentence vector, for your own use: the mean over real tokens.   x (B, T, C), mask (B, T) bool -> (B, C)."""
     # Q: Why does the mean need the mask?
     # A: x.mean(1) averages over padding too: the same sentence gets another vector when a longer one is in the batch.
     #    The symptom is a search engine whose ranking changes with the batch size.
@@ -227,11 +227,11 @@ def mean_pool(x, mask):
 
 
 # --- 3. Objective: guess the hidden tokens; do the halves match? -----------------------------------------------------
-#     text      [CLS]  4    0    [SEP]  forty  [SEP]
-#     noisy     [CLS]  4  [MASK] [SEP]  forty  [SEP]      what the model reads
-#     targets     0    -    0      -      -      -        what it is asked; - is IGNORE, column 0 holds the row's label
+#     text      [CLS]    4    0  [SEP]  forty  [SEP]
+#     noisy     [CLS] [MASK]  0  [SEP]  forty  [SEP]      what the model reads
+#     targets     0      4    -    -      -      -        what it is asked; - is IGNORE, column 0 holds the row's label
 # A decoder gets a question out of every token, a cloze only out of the hidden ones, 15 % here. In return each question
-# is asked with both sides in view.
+# is asked with both sides in view. PAD is the id of the token that fills rows up, 0.
 
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
 
@@ -279,7 +279,7 @@ def mask_tokens(ids, share, mask_id, n_vocab, generator):
 #
 # Q: WordPiece or byte-level BPE?
 # A: BPE (GPT-2) replays its merges, keeps every byte and gives the text back exactly. WordPiece matches the longest
-#    piece, throws away case and double spaces, and knows [UNK]. For reading that loses little; for writing it would.
+#    piece, loses spaces (in uncased models case, too) and knows [UNK]. That hardly hurts reading, but would writing.
 PAD, SPECIAL = 0, "[PAD] [UNK] [CLS] [SEP] [MASK]".split()  # ids 0 to 4; published vocabularies begin with [PAD], too
 
 
@@ -364,14 +364,14 @@ def number_data(cfg, tokenizer=None):
     tokenizer = tokenizer or make_tokenizer("pieces", "\n".join(
         [*SPECIAL, *"0123456789", *UNITS, *TENS, "hundred", "thousand"]))
     table, g = number_table(tokenizer), torch.Generator().manual_seed(cfg.seed)
-    # One in ten is held out, whatever the seed, but no number below 100: there are too few of those to learn them from
-    # others. Trap: drawing evenly from 0 to 999,999 makes nine in ten six digits long, and short numbers are never
-    # learned. With these weights each length is as likely as any other.
+    # One in ten is held out (as digits; its name may come up as a wrong one), whatever the seed, but none below 100:
+    # too few to learn them from others. Trap: drawing evenly from 0 to 999,999 makes nine in ten six digits long, and
+    # short numbers are never learned. With these weights each length is about as likely as any other.
     length, parts = table[:, 1:7].count_nonzero(1), []                         # (N)
     held = (torch.rand(len(table), generator=torch.Generator().manual_seed(0)) < 0.1) & (length > 2)  # (N)
     for size, chosen in ((240_000, ~held), (2_000, held)):
         n = torch.multinomial(chosen / 10.0 ** length, size, replacement=True, generator=g)  # (R)
-        # Q: Was "next sentence prediction" a good idea?
+        # Q: Was "next sentence prediction", BERT's own form of this task, a good idea?
         # A: BERT's wrong pairs came from another document, so the topic gave them away and little was learned; RoBERTa
         #    dropped the task and lost nothing. What matters is how hard the wrong pairs are. Ours have to be read digit
         #    by digit: the other number differs in one of them (and in those that a carry reaches).
@@ -406,7 +406,7 @@ def sentence_data(cfg, tokenizer=None):
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row[:-1][:cfg.block_size - 1] + row[-1:]) for row in rows], True, PAD)
     labels = torch.tensor([IGNORE if cfg.mask_rate else int(label) for _, label in pairs])  # (R)
     parts = [Rows(ids[held == out], labels[held == out], cfg.mask_rate, tokenizer) for out in (False, True)]
-    return *parts, tokenizer, " ".join([*re.findall(r"\w+", pairs[0][0])[:7], "[MASK]"])
+    return *parts, tokenizer, " ".join([*re.findall(r"\w{1,8}", pairs[0][0])[:cfg.block_size // 16], "[MASK]"])
 
 
 def segments_of(ids, tokenizer):
@@ -421,6 +421,7 @@ def hide(data, index, generator):
     noisy, targets = mask_tokens(ids, data.mask_rate, data.tokenizer.mask_id, data.tokenizer.n_vocab, generator)
     # Nothing is asked about the tokens of a wrong pair: the other half says something else, and asking would teach not
     # to trust it. Trap: hiding nothing there. A [MASK] then means "they match", and the label can be read off that.
+    # (Noise can also hide where a pair differs, or make it differ: the loss on labels does not reach 0 in training.)
     targets[data.labels[index] == 1] = IGNORE
     targets[:, 0] = data.labels[index]  # [CLS] itself is never hidden
     return noisy, segments_of(noisy, data.tokenizer), targets
@@ -431,7 +432,7 @@ def get_batch(data, rows, seed, step):
     """-> (noisy ids, segments, targets) of one step, (rows, T) each: a pure function of (seed, step).
 
     New noise at every step: the same row asks other questions in every epoch ("dynamic masking", RoBERTa, Liu et al.
-    2019, arXiv 1907.11692). Trap: drawing it once, when the data is made: 40 epochs then repeat the same few questions.
+    2019, arXiv 1907.11692). Trap: drawing it once, when the data is made: every epoch then repeats the same questions.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return hide(data, torch.randint(len(data.ids), (rows,), generator=generator), generator)
@@ -479,13 +480,13 @@ def make_optimizer(model, cfg):
 
 @torch.no_grad()
 def evaluate(model, data, cfg):
-    """-> mean loss in nats per counted token over the WHOLE split. Leaves the model in eval mode."""
+    """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
     # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
     # Trap: drawing them from the training generator: evaluating more often then changes the training.
     model.eval()  # dropout off
     batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
     loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
-    return loss_sum / (data[-1] != IGNORE).sum().item()
+    return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
 
 
 def save_checkpoint(path, **state):
@@ -515,7 +516,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
     began, recent = time.perf_counter() - (history[-1]["seconds"] if history else 0), []
     bar = tqdm(range(done + 1, cfg.max_steps + 1), "train", cfg.max_steps, initial=done, mininterval=0.5)
     for step in bar:
-        model.train()  # evaluate and generate switch dropout off
+        model.train()  # evaluate and after_save switch dropout off
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, cfg)  # set, not stepped: a scheduler would be one more state to save
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, too, is a function of the step
@@ -570,8 +571,8 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
 def fill_mask(model, ids, mask_id, segments=None, top_k=5):
     """ids (B, T) with M blanks -> (probabilities (M, K), tokens (M, K)): the K likeliest for each blank, best first."""
     # Q: Two blanks at once?
-    # A: One pass gives each blank its own distribution, not the pair's. "[MASK] [MASK] is a city" may put San and New
-    #    first, York and Francisco second, and reading off the winners makes "San York". unmask() fills one at a time.
+    # A: One pass gives each blank its own distribution, not the pair's. In "[MASK] [MASK] is a city" San may be the
+    #    likeliest first and York the likeliest second: the winners make "San York". unmask() fills one at a time.
     return model.eval()(ids, ids != PAD, segments)[ids == mask_id].softmax(-1).topk(top_k)
 
 
@@ -630,16 +631,17 @@ def from_pretrained(name):
     tensors = {re.sub(r"^(?!bert\.|cls\.|classifier\.)", "bert.", key).replace(".gamma", ".weight").replace(
                    ".beta", ".bias"): tensor for key, tensor in load_file(folder / "model.safetensors").items()
                if not re.search(r"position_ids|predictions\.decoder", key)}
-    cfg = Config(block_size=hf.get("max_position_embeddings", 512), vocab_size=hf.get("vocab_size", 30522),
-                 n_layer=hf.get("num_hidden_layers", 12), n_head=hf.get("num_attention_heads", 12),
-                 n_embd=hf.get("hidden_size", 768), n_labels=len(tensors.get("classifier.bias", ())))
+    cfg = Config(data=str(name), block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"],
+                 n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"], n_embd=hf["hidden_size"],
+                 n_labels=len(tensors.get("classifier.bias", ())))
     for key, value in hf.items():
         # A wrong epsilon or GELU changes no shape: better refused than silently wrong. None and False mean "not used".
         if value not in (hf_config(cfg).get(key, False), None) and not re.fullmatch(HARMLESS, key):
             raise ValueError(f"config.json says {key} = {value!r}, which this file does not implement")
     model = BERT(cfg)
-    absent = tuple(head for head in ("bert.pooler", "cls.predictions", "cls.seq_relationship")
-                   if not any(key.startswith(head) for key in tensors))
+    # (A classifier without a pooler labels single tokens: that is another model, and its pooler is missed below.)
+    heads = ["cls.predictions", "cls.seq_relationship"] + ["bert.pooler"] * (not cfg.n_labels)
+    absent = tuple(head for head in heads if not any(key.startswith(head) for key in tensors))
     model.load_state_dict(tensors | {key: p for key, p in model.state_dict().items() if key.startswith(absent)})
     print("heads that the file lacks, so that they are random here:", ", ".join(absent) or "none")
     model.folder = folder
@@ -658,11 +660,11 @@ def save_pretrained(model, folder):
 
 # --- 8. Main: train, ask, report -------------------------------------------------------------------------------------
 # How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
-# the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
-# targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
+# the text by heart; more data, more dropout or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate
+# of 0, shuffled targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
 def plot_curve(path, history, title):
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
-    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per token", title=title)
+    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per target", title=title)
     for key, style, label in (("loss", "-", "training batches"), ("val_loss", "o-", "validation, whole split")):
         rows = [row for row in history if key in row]
         ax.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label)
@@ -726,7 +728,7 @@ def load(cfg):
             state = torch.load(path, map_location="cpu", weights_only=True)
             model = BERT(Config(**state["config"]))
             model.load_state_dict(state["model"])
-            return model.to(cfg.device), make_tokenizer(*state["tokenizer"]), state if cfg.resume else None
+            return model.eval().to(cfg.device), make_tokenizer(*state["tokenizer"]), state if cfg.resume else None
         model = from_pretrained(cfg.load).to(cfg.device)
         return model, make_tokenizer("json", (model.folder / "tokenizer.json").read_text(encoding="utf-8")), None
     except Exception as problem:  # files, zip, pickle and torch each have their own kinds; here all mean the same
@@ -736,16 +738,16 @@ def load(cfg):
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only answer. -> the model."""
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
-    if cfg.resume:  # all settings as they were, except paths and device
+    if cfg.resume:  # all settings as they were, except --out and --device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device)
     elif cfg.load:  # the shape of what was loaded
         shape = {k: vars(model.cfg)[k] for k in "block_size n_layer n_head n_embd vocab_size n_labels".split()}
         cfg, model.cfg.dropout = dataclasses.replace(cfg, **shape), cfg.dropout
-        if cfg.prompt:
-            print(answer(model.eval(), tokenizer, cfg, cfg.prompt))
+        if cfg.prompt or cfg.data == "numbers" != model.cfg.data:  # or nothing to train on
+            print(answer(model, tokenizer, cfg, cfg.prompt))
             return model
     train_data, val_data, tokenizer, prompt = (number_data if cfg.data == "numbers" else sentence_data)(cfg, tokenizer)
-    n_labels = cfg.n_labels if cfg.mask_rate else int(train_data.labels.max()) + 1
+    n_labels = cfg.n_labels if cfg.mask_rate else 1 + int(max(train_data.labels.max(), val_data.labels.max()))
     cfg = dataclasses.replace(cfg, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab), n_labels=n_labels)
     torch.manual_seed(cfg.seed)
     model = (model or BERT(cfg)).to(cfg.device)
