@@ -736,7 +736,7 @@ def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda to
 
 def load(cfg):
     """What --resume or --load names -> (model, tokenizer, checkpoint to resume or None). Raises ValueError if none."""
-    path = Path(cfg.out if cfg.resume else cfg.load.removesuffix("ckpt.pt"), "ckpt.pt")
+    path = Path(cfg.out if cfg.resume else cfg.load, "" if Path(cfg.load).is_file() and not cfg.resume else "ckpt.pt")
     try:
         if cfg.resume or path.is_file():
             # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.

@@ -16,7 +16,7 @@ Idea     Read first, then write. An encoder turns the source into one vector per
 Picture  src (B,S) -> shared -> n_layer x [x + attn(norm(x)); x + mlp(norm(x))] -> norm -> memory (B,S,C)
            tgt (B,T) -> shared -> n_layer x [x + causal attn; x + cross-attn(memory); x + mlp] -> norm -> head (B,T,V)
 Symbols  B batch   S source time   T target time   C n_embd   H heads   D head size   F feed-forward width
-         V vocabulary   K beams   M candidates   N new tokens   R rows of a data set   P past + T
+         V vocabulary   K beams   M candidates   N new tokens   R rows of a data set   P past + T   L so far
 New here cross-attention, relative position buckets, RMSNorm, gated feed-forward, label smoothing, span corruption,
          decoding in batches of sources with padding, BLEU. The training loop is decoder_only.py's, pasted unchanged.
 Not here sampling (decoder_only.py), Adafactor, the 2017 paper's sinusoids, mixtures of tasks
@@ -422,7 +422,8 @@ def make_data(cfg, tokenizer=None):
     tokenizer = tokenizer or make_tokenizer(learn_tokenizer((text for pair in train for text in pair), cfg.vocab_size))
     train, val = (make_rows(part, tokenizer, cfg.block_size) for part in (train, val))
     if not cfg.spans:
-        return train, val, tokenizer, tests, re.sub(r'["$`\\]', "", test[0][0])  # it is suggested as a command later
+        # The text to show is part of a suggested command later: no signs that a shell would read.
+        return train, val, tokenizer, tests, "40215" if cfg.data == "numbers" else re.sub(r'["$`\\]', "", test[0][0])
     # The targets in one piece, windows of it as rows. Validation has the same holes every time.
     train, val = (rows[1][rows[1] != IGNORE].unfold(0, cfg.block_size, cfg.block_size) for rows in (train, val))
     sentinels = torch.tensor([tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)])
@@ -574,25 +575,27 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
 def beam_search(model, src, max_new_tokens, num_beams=4, length_penalty=1.0):
     """Keep the K best prefixes of every source, src (B, S). -> (ids (B, K, N), scores (B, K)), best first.
 
+    One beam is greedy decoding: when </s> is the likeliest token, the runner-up is behind, and the row stops.
     score = sum of log-probs / length ** length_penalty, the length counting the </s>. A row stops when its best running
     beam, scored at its present length, is no better than its worst finished one (Hugging Face's rule).
     """
     B, K, N = len(src), num_beams, max_new_tokens
-    # Beam k of source b lives in row b*K + k. All K start equal, so all but the first start at -inf: otherwise step 1
-    # would keep K copies of its best token.
+    # All K beams of a source start equal, so all but the first start at -inf: otherwise step 1 would keep K copies of
+    # its best token.
+    running = torch.full((B, K), -math.inf, device=src.device).index_fill(1, src.new_zeros(1), 0.0)  # (B, K)
+    # Beam k of source b lives in row b*K + k.
     mask, cache = (src != PAD).repeat_interleave(K, 0), {}                     # (B*K, S)
     memory = model.eval().encoder(model.shared(src), src != PAD, {}).repeat_interleave(K, 0)  # (B*K, S, C)
-    ids, first_row = src.new_full((B * K, 1), PAD), torch.arange(0, B * K, K, device=src.device)[:, None]  # (B*K, 1)
-    running = torch.full((B, K), -math.inf, device=src.device).index_fill(1, src.new_zeros(1), 0.0)  # (B, K)
-    finished, texts = torch.full_like(running, -math.inf), src.new_full((B, K, N), PAD)  # (B, K)
+    ids, first_row = src.new_full((B * K, 1), PAD), torch.arange(0, B * K, K, device=src.device)[:, None]
+    finished, texts = torch.full_like(running, -math.inf), src.new_full((B, K, N), PAD)
     stopped = torch.zeros(B, 1, dtype=torch.bool, device=src.device)           # (B, 1)
     for n in range(1, N + 1):
         logp = model.decode(ids[:, -1:], memory, mask, cache)[:, -1].float().log_softmax(-1)  # (B*K, V)
         # All continuations of a source's beams compete. Each beam offers at most one ending, so 2K candidates always
         # hold K that go on.
-        score, index = (running.view(-1, 1) + logp).view(B, -1).topk(min(2 * K, K * logp.size(1)))  # (B, M)
+        score, index = (running.view(-1, 1) + logp).view(B, -1).topk(2 * K)  # (B, M)
         rows, token = first_row + index // logp.size(1), index % logp.size(1)  # (B, M)
-        longer = torch.cat((ids[rows], token[:, :, None]), 2)                  # (B, M, n+1)
+        longer = torch.cat((ids[rows], token[:, :, None]), 2)                  # (B, M, L)
         # An ending counts only among the K best: a text that goes on would be dropped at rank K+1, too.
         ends = (token == EOS) | (n == N)                                       # (B, M)
         final = (score / n ** length_penalty).masked_fill(~ends | stopped, -math.inf)[:, :K]  # (B, K)
@@ -605,16 +608,9 @@ def beam_search(model, src, max_new_tokens, num_beams=4, length_penalty=1.0):
             break
         # The survivors may all stem from one beam: what they have read is copied from the beam that they continue.
         rows = rows.gather(1, pick).flatten()                                  # (B*K)
-        ids = torch.cat((ids[rows], token.gather(1, pick).view(-1, 1)), 1)     # (B*K, n+1)
+        ids = torch.cat((ids[rows], token.gather(1, pick).view(-1, 1)), 1)     # (B*K, L)
         cache = {attention: kv[:, rows] for attention, kv in cache.items()}
     return texts[:, :, :n], finished
-
-
-# differs from decoder_only.py: sources instead of prompts, and no sampling
-def generate(model, src, max_new_tokens):
-    """The likeliest next token for every row of src (B, S), again and again. -> ids (B, N), pads behind the </s>."""
-    # Greedy decoding is a beam of one: when </s> is the likeliest token, the runner-up is behind, and the row stops.
-    return beam_search(model, src, max_new_tokens, num_beams=1)[0][:, 0]       # (B, N)
 
 
 def translate(model, tokenizer, texts, cfg, beams):
@@ -677,12 +673,11 @@ def from_pretrained(name):
             raise ValueError(f"config.json says {key} = {value!r}, which this file does not implement")
     # Old files hold the shared table three times, and a table of distances for cross-attention that no code ever read.
     # Recent ones leave out a head that equals the table, although v1.1 does not scale it.
-    unused = r".*embed_tokens.*|.*EncDecAttention\.relative.*" + "|lm_head.*" * cfg.tie_weights
     tensors = load_file(folder / "model.safetensors")
     tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     model = T5(cfg)
     model.load_state_dict({key: tensor.float() * scale_of(key, cfg) for key, tensor in tensors.items()
-                           if not re.fullmatch(unused, key)})
+                           if not re.search(r"embed_tokens|EncDecAttention\.rel" + "|lm_head" * cfg.tie_weights, key)})
     model.folder = folder
     return model.eval()
 
@@ -756,7 +751,7 @@ def bleu(hypotheses, references):
 
 def load(cfg):
     """What --resume or --load names -> (model, tokenizer, checkpoint to resume or None). Raises ValueError if none."""
-    path = Path(cfg.out if cfg.resume else cfg.load.removesuffix("ckpt.pt"), "ckpt.pt")
+    path = Path(cfg.out if cfg.resume else cfg.load, "" if Path(cfg.load).is_file() and not cfg.resume else "ckpt.pt")
     try:
         if cfg.resume or path.is_file():
             # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.
@@ -772,6 +767,8 @@ def load(cfg):
 
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only translate. -> the model."""
+    if min(cfg.n_head, cfg.n_layer, cfg.max_steps, cfg.batch_size, cfg.eval_every, cfg.beams, cfg.max_new_tokens) < 1:
+        raise ValueError("heads, layers, steps, batch sizes, beams and new tokens start at 1")
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
     if cfg.resume:  # all settings as they were, except --out and --device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device)
@@ -791,7 +788,8 @@ def main(cfg):
     out, results = Path(cfg.out), {}
     out.mkdir(parents=True, exist_ok=True)
     if (out / "ckpt.pt").is_file() and not cfg.resume:
-        print("note: kept as", (out / "ckpt.pt").rename(out / time.strftime("ckpt-%Y%m%d-%H%M%S.pt")))
+        os.link(out / "ckpt.pt", kept := out / time.strftime("ckpt-%Y%m%d-%H%M%S.pt"))
+        print(f"note: {out} holds a trained model, it is kept as {kept.name}")
     history = train(model, cfg, train_data, val_data, (tokenizer.to_str(),), state, lambda: tqdm.write(
         f"            {prompt} -> {translate(model, tokenizer, [prompt], cfg, 1)[0]}"))
     for name, beams, pairs in tests:
@@ -804,7 +802,7 @@ def main(cfg):
     plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(cfg.data).name}".replace("$", r"\$"))
     plot_alignment(out / "attention.png", model, tokenizer, cfg, prompt, text)
     print(f"\n{prompt} -> {text}\n\nReached:", *(f"{k} {v:.4f}" for k, v in (history[-1] | results).items()),
-          f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt "{prompt}"')
+          f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt="{prompt}"')
     return model
 
 

@@ -4,6 +4,7 @@ Expected values come from elsewhere: torch.nn for the layer, transformers for mo
 and brute force over all numbers written here. Training loop and checkpoints are tested with decoder_only.py.
 """
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -268,6 +269,8 @@ def test_noise_is_80_10_10(m):
     for share, expected in zip(shares, (0.15, 0.8, 0.1, 0.1), strict=True):
         assert abs(float(share) - expected) < 0.015
     assert other.min() == 5 and other.max() == 99 and abs(other.float().mean() - 52) < 4  # ordinary tokens, evenly
+    noisy, targets = m.mask_tokens(ids, 0.15, 4, 7, torch.Generator().manual_seed(0))  # of two ordinary tokens
+    assert abs((noisy[targets != m.IGNORE] == 4).float().mean() - 0.8) < 0.015
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -452,6 +455,8 @@ def test_batches_are_functions_of_seed_and_step(m, tokenizer):
 # --- filling in blanks -----------------------------------------------------------------------------------------------
 def test_fill_mask_and_unmask_equal_slow_loops(m):
     model = small(m, 5)
+    with torch.no_grad():
+        model.cls["predictions"].bias[4] += 20  # "it is hidden" would be the likeliest answer
     ids, mask, segments = batch(model, 3)
     ids = torch.where((torch.rand(ids.shape) < 0.4) & mask & (ids > 4), 4, ids)
     ids[0, 5:] = 7  # the rows have different numbers of blanks, one has none
@@ -496,7 +501,9 @@ def test_main_trains_reports_and_resumes(m, capsys):
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     m.main(m.Config(**TINY | dict(out="two", max_steps=1)))
-    assert "kept as" in capsys.readouterr().out and len(list(Path("two").glob("ckpt-*.pt"))) == 1
+    assert "kept as" in capsys.readouterr().out and len(kept := list(Path("two").glob("ckpt-*.pt"))) == 1
+    again, _, _ = m.load(m.Config(load=str(kept[0]), device="cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), resumed.parameters(), strict=True))
     for prompt, text in (("4[MASK]2 [SEP] four hundred [MASK] two", "[MASK]: "), ("42 [SEP] forty two", "class ")):
         m.main(m.Config(load="one", prompt=prompt, device="cpu"))
         assert text in capsys.readouterr().out
@@ -517,9 +524,32 @@ def test_pretrain_then_classify(m, capsys):
     assert json.loads(Path("body/summary.json").read_text())["results"] == {}
     m.main(m.Config(load="labels", prompt="a fine film", device="cpu"))
     assert "class " in capsys.readouterr().out
+    m.main(m.Config(load="labels", device="cpu"))  # nothing to train on
+    assert "class " in capsys.readouterr().out
     again = m.main(m.Config(load="labels", data="my.tsv", out="again", **TINY))  # pre-train on: the head stays
     assert again.classifier is not None
     m.main(m.Config(load="again", prompt="a [MASK] film", device="cpu"))
+
+
+def test_odd_labels_and_a_run_that_had_ended(m):
+    """A class that only the held-out tenth has; --resume of a finished run: as it was, without dropout."""
+    lines = [f"word {i}\t{i % 2}" for i in range(200)]
+    held = [i for i in range(200) if int(hashlib.sha256(f"word {i}".encode()).hexdigest(), 16) % 10 == 0]
+    lines[held[0]] = f"word {held[0]}\t7"
+    Path("odd.tsv").write_text("\n".join(lines))
+    model = m.main(m.Config(**TINY | dict(data="odd.tsv", mask_rate=0.0, out="odd", dropout=0.5)))
+    assert model.cfg.n_labels == 8
+    before = json.loads(Path("odd/summary.json").read_text())
+    assert not m.main(m.Config(out="odd", resume=True, device="cpu")).training
+    assert json.loads(Path("odd/summary.json").read_text())["results"] == before["results"]
+
+
+def test_refuses_a_model_that_labels_tokens(m, hf):
+    config = hf.BertConfig(vocab_size=40, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=48, max_position_embeddings=20)
+    hf.BertForTokenClassification(config).save_pretrained("tags")
+    with pytest.raises(RuntimeError, match="bert.pooler"):
+        m.from_pretrained("tags")
 
 
 def test_published_folder_with_its_own_tokenizer(m, hf, capsys):
