@@ -73,13 +73,13 @@ class Config:
     dropout: float = 0.0              # share of activations zeroed in training; needed when text is seen many times
     label_smoothing: float = 0.0      # share of the target probability that is spread over all tokens
     # Optimization
-    max_steps: int = 1000             # optimizer steps
+    max_steps: int = 1600             # optimizer steps
     batch_size: int = 128             # rows per micro-step
     grad_accum: int = 1               # micro-steps per optimizer step
     lr: float = 3e-3                  # peak learning rate
     warmup_steps: int = 100           # steps of linear warm-up
     beta2: float = 0.98               # memory of Adam's second moment: 0.98 looks back about 50 steps
-    eval_every: int = 250             # steps between evaluations on the validation split, each with a checkpoint
+    eval_every: int = 400             # steps between evaluations on the validation split, each with a checkpoint
     # Decoding. There is a right answer, so the likeliest is wanted: no sampling here.
     load: str = ""                    # run folder, Hugging Face folder or repository ("t5-small") to start from
     prompt: str = ""                  # a source; together with --load nothing is trained
