@@ -613,7 +613,7 @@ def beam_search(model, src, max_new_tokens, num_beams=4, length_penalty=1.0):
         rows = rows.gather(1, pick).flatten()                                  # (B*K)
         ids = torch.cat((ids[rows], token.gather(1, pick).view(-1, 1)), 1)     # (B*K, L)
         # The source's keys and values, one row for all beams, stay.
-        cache = {attention: kv if kv.size(1) < len(rows) else kv.index_select(1, rows) for attention, kv in cache.items()}
+        cache = {part: kv if kv.size(1) < len(rows) else kv.index_select(1, rows) for part, kv in cache.items()}
     return texts[:, :, :n], finished
 
 
