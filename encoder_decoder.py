@@ -574,7 +574,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
 
 # --- 6. Decoding: many sources at once -------------------------------------------------------------------------------
 # differs from decoder_only.py: all sources of a batch at once, in tensors of (B, K)
-@torch.inference_mode()  # like no_grad, and no version counters: a tenth faster
+@torch.inference_mode()  # like no_grad, and without version counters
 def beam_search(model, src, max_new_tokens, num_beams=4, length_penalty=1.0):
     """Keep the K best prefixes of every source, src (B, S). -> (ids (B, K, N), scores (B, K)), best first.
 
