@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["huggingface-hub>=0.30", "matplotlib>=3.8", "requests>=2.31", "safetensors>=0.4.3", "tiktoken>=0.7",
-#                 "tokenizers>=0.20", "torch>=2.11", "tqdm>=4.66"]
+#                 "tokenizers>=0.21", "torch>=2.11", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
@@ -18,7 +18,7 @@ Symbols  B batch   T tokens in a call   S = past + T   C n_embd   H heads   D he
 New here everything: this is the parent of the family. Later models are read as a difference from this one.
 Not here RoPE, RMSNorm, grouped queries (llama3.py), experts (qwen3_moe.py), prompts of unequal length (kv_cache.py)
 Expect   validation loss 1.71 nats per character after 2,000 steps on Tiny Shakespeare, 1.25 on Python's help texts
-Asked    Why divide by sqrt(D)?   What does the mask cost?   Why is the head tied?   What does the KV cache save?
+Asked    Why divide by sqrt(D)?   What does the mask cost?   Why tie the head?   What does the KV cache save?
          Why is the first loss about ln V?   Why not average the micro-batches' means?   What is top-p?   (grep "# Q:")
 
     python decoder_only.py                                     train on Shakespeare (offline: on Python's help texts)
@@ -56,7 +56,7 @@ class Config:
     seed: int = 1337                  # decides initial weights, batches, dropout and samples
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
-    # Shape. The defaults are nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
+    # Shape. The defaults are the size of nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
     block_size: int = 64              # longest context in tokens
     n_layer: int = 4                  # blocks
     n_head: int = 4                   # attention heads; each is n_embd / n_head wide
@@ -72,17 +72,13 @@ class Config:
     beta2: float = 0.99               # memory of Adam's second moment: 0.99 looks back about 100 steps
     eval_every: int = 250             # steps between evaluations on the validation split, each with a checkpoint
     # Decoding. 0.8 is a common choice for small models: their unlikely tokens are mostly mistakes.
-    load: str = ""                    # run folder, Hugging Face folder or repository ("gpt2") to start from
+    load: str = ""                    # run folder, Hugging Face folder or repository to start from
     prompt: str = ""                  # text to continue; together with --load nothing is trained
     max_new_tokens: int = 400         # tokens to write
     temperature: float = 0.8          # 0 = always the likeliest token; 1 = the model's own distribution
     top_k: int = 0                    # sample among the k likeliest only; 0 = all
     top_p: float = 1.0                # sample among the likeliest that together have probability p
     beams: int = 1                    # above 1: beam search, without temperature, top-k, top-p
-
-    def __post_init__(self):
-        if min(self.n_head, self.max_steps, self.batch_size, self.grad_accum) < 1 or self.n_embd % self.n_head:
-            raise ValueError("n_head must divide n_embd; heads, steps and batch sizes start at 1")
 
 
 PRESETS = {
@@ -97,14 +93,13 @@ PRESETS = {
 }
 
 
-# --- 2. Model: from one attention head up to GPT ---------------------------------------------------------------------
+# --- 2. Model: from one attention head up to the whole ---------------------------------------------------------------
 # Everything below reads from and adds to one tensor, the residual stream x (B, T, C): C numbers per token, which start
-# as "what am I, where do I stand" and end as "what comes next".
-#
-#     ids --wte+wpe--> x ---+------------------> + ---+-----------------> + --> ... --> ln_f --lm_head--> logits
-#                           |                    ^    |                   ^
-#                           +-> ln_1 -> attn ----+    +-> ln_2 -> mlp ----+        (one of n_layer blocks)
-#                               mixes tokens              works on each alone
+# as "what am I" and end as "what comes next".
+#     ids --embed--> x ---+-------------------> + ---+-----------------> + --> ... --> norm --lm_head--> logits
+#                         |                     ^    |                   ^
+#                         +-> norm -> attention +    +-> norm -> mlp ----+        (one of n_layer blocks)
+#                                     mixes tokens               works on each alone
 
 # The mask for T = S = 4 (x = may attend). Row t is a training exercise of its own, "given tokens 0..t, what is t+1":
 # without the mask row t would find its answer in column t+1, and the loss would fall to 0 by copying.
@@ -137,9 +132,8 @@ def attention(q, k, v, mask):
     # A: q.k adds up D products of unit-variance numbers: variance D, so at D=64 scores of +-24 are only 3 sigma away.
     #    Softmax of those is a hard maximum whose gradient p(1-p) vanishes. The division brings the variance back to 1.
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, S)
-    # exp(-inf) = 0: a hidden key gets no weight, and the visible ones still sum to 1.
-    # Trap: multiplying the *probabilities* by the mask instead. Rows then sum to less than 1, and the future still acts
-    # through the denominator.
+    # exp(-inf) = 0: a hidden key gets no weight. Trap: multiplying the *probabilities* by the mask instead. Rows then
+    # sum to less than 1, and the future still acts through the denominator.
     scores = scores.masked_fill(~mask, -math.inf)                              # (B, H, T, S)
     # Q: What does the mask cost?
     # A: Half of the attention matmuls: T x S scores are computed, those above the diagonal thrown away. All scores are
@@ -181,7 +175,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two thirds of a block's weights, applied to each token alone: attention moves information, this works on it.
+    """Most of a block's weights, applied to each token alone: attention moves information, this works on it.
 
     mlp(x) = c_proj(GELU(c_fc(x))): 4*C detectors, each of which adds its own direction to the stream when it fires.
     """
@@ -200,17 +194,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Read from the residual stream, add to it: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """Read from the residual stream, add to it: first the attention, then the MLP."""
 
     # Q: Why is the norm inside the branch (pre-norm) and not behind the sum, as in the 2017 paper and BERT?
-    # A: x passes through plain additions from the embedding up to the head, so the gradient arrives whole at any
-    #    depth. Post-norm rescales it after each of the 2 * n_layer branches and needs a long warm-up
-    #    (Xiong et al. 2020, arXiv 2002.04745).
+    # A: x passes through plain additions from the embedding to the head, so the gradient arrives whole. Post-norm
+    #    rescales it behind each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
     def __init__(self, cfg):
         super().__init__()
-        # LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias, over the C numbers of one token
-        # (Ba et al. 2016, arXiv 1607.06450). Every block adds to the stream, so the stream grows with depth; the norm
-        # lets each branch read it at one size. var divides by C, not C-1, and 1e-5 stands inside the root.
+        # LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias over the C numbers of a token, var divided
+        # by C (Ba et al. 2016, arXiv 1607.06450). The stream grows with depth; the norm lets each branch read one size.
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
         self.attn = CausalSelfAttention(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
@@ -222,7 +214,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. Module names are those of the published weights.
+    """Module names are those of the published weights.
 
     Parameters: V*C + block_size*C + n_layer * (12*C*C + 13*C) + 2*C. GPT-2: 38.60 + 0.79 + 85.05 = 124.44 million.
     """
@@ -236,19 +228,17 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
             ln_f=nn.LayerNorm(cfg.n_embd)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        # Q: Why is the head tied to the token embedding?
-        # A: Both say what a token means, one on the way in, one on the way out. Tying saves V*C numbers, 38.6 of 163
-        #    million at GPT-2's size, and a rare token's row learns from every prediction instead of its own few uses
-        #    (Press & Wolf 2017, arXiv 1608.05859).
+        # Q: Why tie the head to the token embedding?
+        # A: Both say what a token means, on the way in and on the way out. Tying saves V*C numbers (GPT-2: 38.6 of 163
+        #    million), and a rare token's row learns from every prediction (Press & Wolf 2017, arXiv 1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
-        # Initial weights are random, because equal units would get equal gradients and stay equal; and small, so that
-        # softmax does not saturate. x @ W keeps the size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02 for all
-        # widths: about right at 1600 (0.025), too small at 128 (0.088).
+        # Initial weights are random, because equal units would get equal gradients and stay equal; and x @ W keeps the
+        # size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02: about right at 1600 (0.025), too small at 128.
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # Each block adds two branches to the stream, and the variance of a sum grows with the number of terms.
                 # Dividing the last matrix of each branch by sqrt(2 * n_layer) keeps it (GPT-2 paper, section 2.3).
-                nn.init.normal_(p, std=(cfg.n_embd * (2 * cfg.n_layer if "c_proj" in name else 1)) ** -0.5)
+                nn.init.normal_(p, 0, (cfg.n_embd * (2 * cfg.n_layer if "c_proj" in name else 1)) ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -261,8 +251,8 @@ class GPT(nn.Module):
             x = block(x, cache)                                                # (B, T, C)
         if cache is not None:
             cache.length += T
-        # Pre-norm leaves the sum of all branches unnormalized; without ln_f its size, which grows with depth, would
-        # act as a temperature on the logits.
+        # Pre-norm leaves the sum of all branches unnormalized; without this last norm its size, which grows with depth,
+        # would act as a temperature on the logits.
         return self.lm_head(self.transformer.ln_f(x))                          # (B, T, V)
 
 
@@ -281,15 +271,13 @@ def compute_loss(model, inputs, targets):
     """inputs, targets (B, T) -> sum of -ln p(target) over the targets that count, in nats."""
     # Q: Why is the first loss about ln V?
     # A: An untrained model gives each of V tokens about 1/V, and -ln(1/V) = ln V: 4.17 for 65 characters. Logits of
-    #    variance s^2 add s^2/2 to it. Here s^2 = 1 (rows of the tied head have length 1, ln_f makes the variance 1), so
-    #    the first loss is about ln V + 0.5. Far above that, the logits start too large.
+    #    variance s^2 add s^2/2 to it. Here s^2 = 1 (rows of the head have length 1, the last norm makes the variance
+    #    1), so the first loss is about ln V + 0.5. Far above that, the logits start too large.
     logits = model(inputs)                                                     # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 # --- 4. Data: text -> rows of ids ------------------------------------------------------------------------------------
-#     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
-
 # The SHA-256 is checked: a proxy's error page or an edited copy would train as well, to a number that means nothing.
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
@@ -322,7 +310,7 @@ def load_text(name):
 # Q: Characters or byte-level BPE?
 # A: Characters: a small table, nothing to learn in advance, but many tokens. GPT-2's BPE: each id covers about 3.3
 #    characters of Shakespeare, so the same context reaches further; but the embedding has 50,257 * C weights.
-#
+#     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
 # encode: text -> list of ids; decode: back; eos: the id that ends a text, -1 = none; make_tokenizer(*spec) rebuilds it.
 Tokenizer = namedtuple("Tokenizer", "spec encode decode n_vocab eos")
 
@@ -343,8 +331,8 @@ def make_tokenizer(kind, text=""):
     if kind == "json":
         import tokenizers
         inner = tokenizers.Tokenizer.from_str(text)
-        return Tokenizer((kind, text), lambda string: inner.encode(string, add_special_tokens=False).ids, inner.decode,
-                         inner.get_vocab_size(), inner.get_vocab().get("<|endoftext|>", -1))
+        return Tokenizer((kind, text), lambda string: inner.encode(string).ids, inner.decode, inner.get_vocab_size(),
+                         max(inner.get_vocab().get(eos, -1) for eos in ("<|endoftext|>", "<|end_of_text|>")))
     import tiktoken
     bpe = tiktoken.get_encoding(kind)
     return Tokenizer((kind, ""), bpe.encode_ordinary, bpe.decode, bpe.n_vocab, bpe.eot_token)
@@ -384,7 +372,6 @@ def get_batch(data, rows, seed, step):
 # --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
 # Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
-
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
 #        |   /          `.          top of the cosine: large steps, fast progress
@@ -405,16 +392,15 @@ def make_optimizer(model, cfg):
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101).
 
     m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
-    m and v start at 0, so they are too small at first: m_hat = m / (1 - b1^t) corrects that, v_hat likewise.
+    m_hat = m / (1 - b1^t) and v_hat likewise make up for the start at 0.
     """
     # Q: Why Adam and not plain gradient descent?
     # A: Gradients of different weights differ by orders of magnitude: a frequent token's row and a rare one's, the
     #    first layer's and the last's. Dividing by sqrt(v), a weight's own typical gradient, gives all of them steps of
     #    size lr. The price is memory: m and v are 8 bytes per parameter in float32, twice the weights.
-    # Decay pulls weights towards 0. That suits matrices, not a norm's gain, which belongs near 1, nor biases: both are
-    # vectors, so the number of axes tells them apart. 0.1 is GPT-3's value.
-    # Trap: adding the decay to the gradient (Adam with L2). It is then divided by sqrt(v) too, and the weights with
-    # large gradients hardly decay: the W in AdamW.
+    # Decay pulls weights towards 0. That suits matrices, not gains, which belong near 1, nor biases: both are vectors.
+    # 0.1 is GPT-3's value. Trap: adding decay to the gradient (Adam with L2): it is then divided by sqrt(v) as well,
+    # and weights with large gradients hardly decay: the W in AdamW.
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.1),
               dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     # fused: one kernel for the whole update instead of a dozen small operations per parameter.
@@ -425,8 +411,7 @@ def make_optimizer(model, cfg):
 def evaluate(model, data, cfg):
     """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
     # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
-    # Trap: drawing them from the training generator: evaluating more often then changes the training.
-    model.eval()  # dropout off
+    model.eval()  # dropout, where there is any, is off
     batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
     loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
     return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
@@ -462,14 +447,13 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
         model.train()  # evaluate and after_save switch dropout off
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, cfg)  # set, not stepped: a scheduler would be one more state to save
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, too, is a function of the step
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step too
         batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
         # Q: Why divide sums of losses by the tokens of the whole step, and not average the micro-batches' means?
         # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
         #    the short one's tokens 9 times as much. Symptom: trading batch_size for grad_accum changes the loss.
         count, loss = (batch[-1] != IGNORE).sum().clamp(min=1), 0.0
-        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations for the
-        # backward pass. In 40 pieces they give the same gradient.
+        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations.
         for micro in zip(*(t.split(cfg.batch_size) for t in batch), strict=True):
             # Q: Why is there no GradScaler?
             # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits.
@@ -512,7 +496,7 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
 #     sampling     draw. temperature sharpens or flattens; top-k and top-p cut off the unlikely tokens: each is rare,
 #                  but in 400 draws one comes up often enough to derail a text
 #     beam search  keep several prefixes, to find a likelier whole than greedy does
-#
+
 # The cuts on the distribution [.50 .30 .15 .05]:
 #     temperature 0.5   [.68 .25 .06 .01]   p^(1/0.5), renormalized      temperature 2   [.38 .29 .21 .12]
 #     top_k 2           [.62 .38  0   0 ]   top_p 0.8 the same: .50 + .30 reach 0.8     top_p 0.81   [.53 .32 .16  0 ]
@@ -520,49 +504,38 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
     if temperature <= 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
         return logits.argmax(-1)                                               # (B)
-    # Dividing before the cut matters for top-p: a hot distribution is flatter, so more tokens are needed to reach p.
-    logits = logits / temperature                                              # (B, V)
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]          # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)                   # (B, V)
-    if top_p < 1.0:
-        # Q: What is top-p (nucleus) sampling?
-        # A: Keep the smallest set of tokens whose probability reaches p, and sample among those (Holtzman et al. 2019,
-        #    arXiv 1904.09751). Unlike top-k the set adapts: 1 token after "New Yor", hundreds after "I saw a".
-        probs, order = logits.softmax(-1).sort(-1, descending=True)            # (B, V)
-        # Drop a token when the ones BEFORE it already have p. Trap: comparing the sum that includes the token itself
-        # drops the one that crosses p, and with p = 0.1 possibly all of them.
-        drop = probs.cumsum(-1) - probs >= top_p                               # (B, V)
-        drop[:, 0] = False
-        # drop is in sorted order; order says which token each column is: scatter writes it back to the token's column.
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)  # (B, V)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B)
+    # Heat before the cuts: it makes the distribution flatter, so that more tokens are needed to reach p.
+    probs, token = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
+    probs[:, top_k or logits.size(-1):] = 0
+    # Q: What is top-p (nucleus) sampling?
+    # A: Keep the smallest set of tokens whose probability reaches p, and sample among those (Holtzman et al. 2019,
+    #    arXiv 1904.09751). Unlike top-k the set adapts: 1 token after "New Yor", hundreds after "I saw a".
+    # Drop a token when the ones BEFORE it already have p, but never the first. Trap: comparing the sum that includes
+    # the token itself drops the one that crosses p.
+    before = (probs.cumsum(-1) - probs)[:, 1:]                                 # (B, V-1)
+    probs[:, 1:][before >= top_p * probs.sum(-1, keepdim=True)] = 0
+    return token.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]  # (B)
 
 
 # Nothing looks ahead, so keys and values of past tokens never change and can be kept:
-#
 #     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
 #     one token    q k v of 1 token; q meets all keys so far         k v --> one column more
 class KVCache:
-    """Keys and values of the tokens so far: {attention module: (2, B, H, block_size, D)}, of which `length` are set."""
+    """Keys and values of the tokens so far: {attention module: (2, B, H, size, D)}, of which `length` are set."""
 
     # Q: What does the KV cache save, and what does it cost?
     # A: Without it, token n+1 recomputes all n tokens before it: n^2 / 2 token passes for n tokens. It costs
-    #    2 * n_layer * C numbers a token: 36 KiB for GPT-2 124M in bfloat16, 36 MiB for its context of 1,024 tokens.
-    def __init__(self):
-        self.layers, self.length = {}, 0
+    #    2 numbers per layer, head and D: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
+    def __init__(self, size):
+        self.layers, self.length, self.size = {}, 0, size
 
     def append(self, layer, k, v):
-        """k, v (B, H, T, D) of the new tokens -> both of all tokens, (2, B, H, S, D)."""
-        if layer not in self.layers:  # room for all positions: growing with torch.cat would copy the past every time
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], layer.cfg.block_size, k.size(3))
+        """k, v (B, H, T, D) of the new tokens, H heads of keys -> both of all tokens, (2, B, H, S, D)."""
+        if layer not in self.layers:  # room for all tokens: growing with torch.cat would copy the past every time
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(3))
         kv, end = self.layers[layer], self.length + k.size(2)
         kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
         return kv[:, :, :, :end]                                               # (2, B, H, S, D)
-
-    def select(self, rows):
-        """Row i becomes the old row rows[i]: beam search copies good rows over bad ones."""
-        self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
 
 
 @torch.inference_mode()  # like no_grad, and no version counters: a tenth faster
@@ -570,9 +543,8 @@ def next_logits(model, ids, cache):
     """Logits (B, V) for the token after ids (B, n). cache holds nothing, or all of ids but the last column."""
     size = model.cfg.block_size
     if cache.length == size:
-        # All positions are used, and wpe has no row for the next one. Keep the newer half of the context and read it
-        # again from position 0: one prefill per block_size / 2 tokens. Dropping just the oldest token would need one
-        # per token, since learned positions are baked into every cached key. (Rotary positions would stay valid.)
+        # All positions are used. Keep the newer half of the context and read it again from position 0: one prefill per
+        # block_size / 2 tokens. Dropping the oldest token alone would need one per token: keys know their positions.
         cache.layers, cache.length = {}, 0
         ids = ids[:, -(size // 2 + 1):]
     return model(ids[:, -size:] if cache.length == 0 else ids[:, -1:], cache)[:, -1]  # (B, V)
@@ -585,11 +557,11 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
 
     on_token(token (B,)) is called for each new column, for streaming. Leaves the model in eval mode.
     """
-    start, cache = ids.size(1), KVCache()
+    start, cache = ids.size(1), KVCache(min(model.cfg.block_size, ids.size(1) + max_new_tokens))
     model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)         # (B)
-    # Two speeds: the first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights
-    # for one token per row and is limited by memory. That is why a long answer costs more than a long question.
+    # The first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights for one
+    # token per row and is limited by memory: a long answer costs more than a long question.
     for _ in range(max_new_tokens):
         token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
         token = token.masked_fill(ended, eos)                                  # (B)
@@ -620,7 +592,8 @@ def beam_search(model, ids, max_new_tokens, num_beams=4, length_penalty=1.0, eos
     # A: Open-ended text of highest probability is bland and repeats itself; people do not write likely words only. With
     #    one right answer (translation, numbers to words) the likeliest text is what you want, and greedy choice can
     #    lose it: a first word of 0.4 whose best sequel has 0.9 beats a first word of 0.6 with 0.5.
-    start, cache, K, finished = ids.size(1), KVCache(), num_beams, []
+    start, K, finished = ids.size(1), num_beams, []
+    cache = KVCache(min(model.cfg.block_size, start + max_new_tokens))
     model.eval()
     ids = ids.repeat(K, 1)                                                     # (K, T)
     # All K beams start as the same prompt, so all but the first start at -inf: otherwise step 1 would keep K copies of
@@ -640,56 +613,56 @@ def beam_search(model, ids, max_new_tokens, num_beams=4, length_penalty=1.0, eos
         if len(alive) == 0 or (len(finished) == K and top[alive[0]] / n ** length_penalty <= finished[-1][0]):
             break
         scores, ids = top[alive], ids[alive]
-        cache.select(beam[alive])  # the survivors may all stem from one beam
+        # Row i of the cache becomes the old row beam[i]. The survivors may all stem from one beam.
+        cache.layers = {layer: kv[:, beam[alive]] for layer, kv in cache.layers.items()}
     return finished
 
 
 # --- 7. Interchange: published weights in and out --------------------------------------------------------------------
-# A safetensors file is a JSON header (name, dtype, shape, offset) and then the raw numbers. Nothing in it is code,
-# unlike a pickle, so opening a stranger's file is safe. Our module names are the published ones, so a checkpoint is a
-# dict {name: tensor} on both sides. One thing differs: OpenAI's code kept these four matrices as (in, out), in a layer
-# called Conv1D; nn.Linear keeps (out, in). Trap: attn.c_proj is square, so a forgotten transpose passes every shape
-# check, and only the text is nonsense.
+# A safetensors file is a JSON header (name, dtype, shape, offset) and then the raw numbers: no code, unlike a pickle.
+# Our module names are the published ones, so a checkpoint is a dict {name: tensor} on both sides.
+# One thing differs: OpenAI's code kept these four matrices as (in, out), in a layer called Conv1D; nn.Linear keeps
+# (out, in). Trap: attn.c_proj is square, so a forgotten transpose passes every shape check; only the text is nonsense.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SHAPE = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 
 
 def hf_config(cfg):
     """The config.json of this model: what save_pretrained writes and from_pretrained demands."""
-    # Trap: leaving out the special ids. transformers fills in 50256, an id that a model of 65 characters lacks.
-    return dict(model_type="gpt2", vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_layer=cfg.n_layer,
-                n_head=cfg.n_head, n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd, activation_function="gelu_new",
-                layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True, bos_token_id=None,
-                eos_token_id=50256 if cfg.vocab_size > 50256 else None)
+    # Trap: leaving out the special ids. transformers fills in its own, which a model of 65 characters lacks.
+    return {theirs: getattr(cfg, ours) for ours, theirs in SHAPE.items()} | dict(
+        model_type="gpt2", n_inner=4 * cfg.n_embd, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        scale_attn_weights=True, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=50256 if cfg.vocab_size > 50256 else None)
 
 
 # Fields of a config.json that do not change the arithmetic. Any other one that hf_config does not know is refused.
-HARMLESS = ("architectures|.*_pdrop|.*_token_id|summary_.*|(torch_)?dtype|n_ctx|initializer_range|use_cache|n_special|"
-            "output_past|predict_special_tokens|transformers_version|_name_or_path|task_specific_params")
+HARMLESS = ("architectures|.*_p?drop(out)?|.*_token_id|summary_.*|(torch_)?dtype|n_ctx|initializer_range|use_cache|"
+            "n_special|output_past|predict_special_tokens|pretraining_tp|transformers_version|_.*|task_.*|unsloth_.*")
 
 
 # Q: How do you know that published weights arrived right?
 # A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of 768 products in
-#    another order round differently. Reading the text proves little: with the wrong GELU it still reads well.
+#    another order round differently. Reading the text proves little: with a slightly wrong formula it still reads well.
 def from_pretrained(name):
-    """A folder in Hugging Face layout, or a repository ("gpt2", "openai-community/gpt2-large") -> GPT in eval mode.
+    """A folder in Hugging Face layout, or a repository on its hub -> the model in eval mode.
 
-    Raises OSError if it cannot be found, ValueError if it is not GPT-2 as built here, RuntimeError for a missing,
+    Raises OSError if it cannot be found, ValueError if this file does not implement it, RuntimeError for a missing,
     unknown or misshapen tensor. model.folder is where its files are.
     """
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
     folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    cfg = Config(block_size=hf.get("n_positions", 1024), vocab_size=hf.get("vocab_size", 50257),
-                 n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=hf.get("n_embd", 768))
+    cfg = Config(**{ours: hf[theirs] for ours, theirs in SHAPE.items()})
     for key, value in hf.items():
-        # A wrong epsilon or GELU changes no shape: better refused than silently wrong. None and False mean "not used".
+        # A wrong epsilon changes no shape: better refused than silently wrong. None and False mean "not used".
         if value not in (hf_config(cfg).get(key, False), None) and not re.fullmatch(HARMLESS, key):
             raise ValueError(f"config.json says {key} = {value!r}, which this file does not implement")
     # Some files call it transformer.wte.weight, some wte.weight; the tied head may be there or not; old files carry 12
     # causal masks, 50 of 548 MB.
     tensors = {key.removeprefix("transformer."): tensor.t() if key.endswith(TRANSPOSED) else tensor
-               for key, tensor in load_file(folder / "model.safetensors").items()
+               for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()
                if not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
     model = GPT(cfg)
     model.transformer.load_state_dict(tensors)  # into float32, whatever the file holds
@@ -698,20 +671,20 @@ def from_pretrained(name):
 
 
 def save_pretrained(model, folder):
-    """Write config.json and model.safetensors, which transformers and from_pretrained read. --load needs a
-    tokenizer.json beside them."""
-    from safetensors.torch import save_file
+    """Write config.json and model.safetensors (in parts of 5 GB), which transformers and from_pretrained read. --load
+    needs a tokenizer.json beside them."""
+    from huggingface_hub import save_torch_state_dict
     Path(folder).mkdir(parents=True, exist_ok=True)
-    # named_parameters() names a shared tensor once, state_dict() twice; safetensors refuses two names for one memory.
-    save_file({name: (p.t() if name.endswith(TRANSPOSED) else p).detach().cpu().contiguous()
-               for name, p in model.named_parameters()}, Path(folder, "model.safetensors"), {"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(hf_config(model.cfg)), encoding="utf-8")
+    # named_parameters() names a shared tensor once, state_dict() twice; safetensors refuses two names for one memory.
+    save_torch_state_dict({name: (p.t() if name.endswith(TRANSPOSED) else p).detach()
+                           for name, p in model.named_parameters()}, folder)
 
 
 # --- 8. Main: train, look at the result, report ----------------------------------------------------------------------
-# How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
-# the text by heart; more data, more dropout or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate
-# of 0, shuffled targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
+# How to read the curve. Both fall together: train longer or larger. Validation turns up: the model learns the text by
+# heart; more data or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate of 0, shuffled targets).
+# Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
 def plot_curve(path, history, title):
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
     ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per target", title=title)
@@ -725,12 +698,10 @@ def plot_curve(path, history, title):
 def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda token: None):
     """Continue `prompt` as cfg says: beams, or temperature, top-k and top-p. -> the new text."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=cfg.device)          # (1, T)
-    if cfg.beams > 1:
-        new = beam_search(model, ids, max_new_tokens, cfg.beams, eos=tokenizer.eos)[0][1]
-    else:  # a generator of its own: looking at samples during training must not change the training
-        generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        new = generate(model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator,
-                       on_token)[0].tolist()
+    # A generator of its own: looking at samples during training must not change the training.
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    new = beam_search(model, ids, max_new_tokens, cfg.beams, eos=tokenizer.eos)[0][1] if cfg.beams > 1 else generate(
+        model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator, on_token)[0].tolist()
     return tokenizer.decode([token for token in new if token != tokenizer.eos and token < tokenizer.n_vocab])
 
 
@@ -752,19 +723,19 @@ def load(cfg):
 
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> the model."""
+    if min(cfg.n_head, cfg.max_steps, cfg.batch_size, cfg.grad_accum) < 1 or cfg.n_embd % cfg.n_head:
+        raise ValueError("n_head must divide n_embd; heads, steps and batch sizes start at 1")
     # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
     if cfg.resume:  # all settings as they were, except paths and device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device,
                                   data=model.cfg.data if cfg.data == "auto" else cfg.data)
     elif cfg.load:  # the shape of what was loaded
-        shape = {name: getattr(model.cfg, name) for name in "block_size n_layer n_head n_embd vocab_size".split()}
-        cfg, model.cfg.dropout = dataclasses.replace(cfg, **shape), cfg.dropout
+        cfg, model.cfg.dropout = dataclasses.replace(cfg, **{k: vars(model.cfg)[k] for k in SHAPE}), cfg.dropout
         if cfg.prompt:
-            bar = tqdm(total=cfg.max_new_tokens, unit=" tokens")
-            text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, lambda token: bar.update())
-            bar.close()
-            print(cfg.prompt + text)
+            with tqdm(total=cfg.max_new_tokens, unit=" tokens") as bar:
+                text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, lambda token: bar.update())
+                tqdm.write(cfg.prompt + text)
             return model
 
     train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
@@ -775,25 +746,22 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     model = (model or GPT(cfg)).to(cfg.device)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, ln V = {math.log(cfg.vocab_size):.2f}")
-    out, kept = Path(cfg.out), time.strftime("ckpt-%Y%m%d-%H%M%S.pt")
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     if (out / "ckpt.pt").is_file() and not cfg.resume:
-        print(f"note: {out} holds a trained model, it is kept as {kept}")
-        (out / kept).write_bytes((out / "ckpt.pt").read_bytes())
+        os.link(out / "ckpt.pt", kept := out / time.strftime("ckpt-%Y%m%d-%H%M%S.pt"))
+        print(f"note: {out} holds a trained model, it is kept as {kept.name}")
     # The samples show it learn: noise, then spaces, then words, then names.
     history = train(model, cfg, train_data, val_data, tokenizer.spec, state, lambda: tqdm.write(
         f"            {write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))!r}"))
-    val_loss, seconds = history[-1]["val_loss"], history[-1]["seconds"]
     # Loss per token depends on how long a token is; bits per byte do not. BPE at 3.5 nats and 3.5 bytes a token has
     # 3.5 / ln 2 / 3.5 = 1.44 bits per byte and beats characters at 1.7 nats (2.45), whose loss looks half as large.
-    bits_per_byte = val_loss / math.log(2) / bytes_per_token
+    results = dict(bits_per_byte=history[-1]["val_loss"] / math.log(2) / bytes_per_token)
     text = prompt + write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens)
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
-        config=dataclasses.asdict(cfg), val_loss=val_loss, results=dict(bits_per_byte=bits_per_byte), seconds=seconds,
-        history=history, sample=text)))
+        config=dataclasses.asdict(cfg), results=results, history=history, sample=text, **history[-1])))
     plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(name).name}".replace("$", r"\$"))
-    print(f"\n{text.strip()}\n\nReached: val loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte, {seconds:.0f} s; "
-          f'see {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt "{prompt}"')
+    print(f"\n{text.strip()}\n\nReached:", *(f"{k} {v:.4f}" for k, v in (history[-1] | results).items()),
+          f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt="{prompt}"')
     return model
 
 

@@ -451,6 +451,8 @@ def get_batch(data, rows, seed, step):
 # Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 
+# Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
 #        |   /          `.          top of the cosine: large steps, fast progress
@@ -471,16 +473,15 @@ def make_optimizer(model, cfg):
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101).
 
     m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
-    m and v start at 0, so they are too small at first: m_hat = m / (1 - b1^t) corrects that, v_hat likewise.
+    m_hat = m / (1 - b1^t) and v_hat likewise make up for the start at 0.
     """
     # Q: Why Adam and not plain gradient descent?
     # A: Gradients of different weights differ by orders of magnitude: a frequent token's row and a rare one's, the
     #    first layer's and the last's. Dividing by sqrt(v), a weight's own typical gradient, gives all of them steps of
     #    size lr. The price is memory: m and v are 8 bytes per parameter in float32, twice the weights.
-    # Decay pulls weights towards 0. That suits matrices, not a norm's gain, which belongs near 1, nor biases: both are
-    # vectors, so the number of axes tells them apart. 0.1 is GPT-3's value.
-    # Trap: adding the decay to the gradient (Adam with L2). It is then divided by sqrt(v) too, and the weights with
-    # large gradients hardly decay: the W in AdamW.
+    # Decay pulls weights towards 0. That suits matrices, not gains, which belong near 1, nor biases: both are vectors.
+    # 0.1 is GPT-3's value. Trap: adding decay to the gradient (Adam with L2): it is then divided by sqrt(v) as well,
+    # and weights with large gradients hardly decay: the W in AdamW.
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.1),
               dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     # fused: one kernel for the whole update instead of a dozen small operations per parameter.
@@ -491,8 +492,7 @@ def make_optimizer(model, cfg):
 def evaluate(model, data, cfg):
     """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
     # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
-    # Trap: drawing them from the training generator: evaluating more often then changes the training.
-    model.eval()  # dropout off
+    model.eval()  # dropout, where there is any, is off
     batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
     loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
     return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
@@ -528,14 +528,13 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
         model.train()  # evaluate and after_save switch dropout off
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1, cfg)  # set, not stepped: a scheduler would be one more state to save
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, too, is a function of the step
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step too
         batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
         # Q: Why divide sums of losses by the tokens of the whole step, and not average the micro-batches' means?
         # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
         #    the short one's tokens 9 times as much. Symptom: trading batch_size for grad_accum changes the loss.
         count, loss = (batch[-1] != IGNORE).sum().clamp(min=1), 0.0
-        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations for the
-        # backward pass. In 40 pieces they give the same gradient.
+        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations.
         for micro in zip(*(t.split(cfg.batch_size) for t in batch), strict=True):
             # Q: Why is there no GradScaler?
             # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits.
@@ -697,9 +696,9 @@ def save_pretrained(model, folder):
 
 
 # --- 8. Main: train, translate, report -------------------------------------------------------------------------------
-# How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
-# the text by heart; more data, more dropout or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate
-# of 0, shuffled targets). Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
+# How to read the curve. Both fall together: train longer or larger. Validation turns up: the model learns the text by
+# heart; more data or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate of 0, shuffled targets).
+# Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
 def plot_curve(path, history, title):
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
     ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per target", title=title)

@@ -1,292 +1,130 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["matplotlib>=3.8", "requests>=2.31", "safetensors>=0.4.3", "tiktoken>=0.7", "torch>=2.11",
-#                 "tqdm>=4.66"]
+# dependencies = ["huggingface-hub>=0.30", "matplotlib>=3.8", "requests>=2.31", "safetensors>=0.4.3", "tiktoken>=0.7",
+#                 "tokenizers>=0.21", "torch>=2.11", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-LLAMA 3 IN ONE FILE                              python llama3.py                   2 min on two CPU cores
+LLAMA 3 IN ONE FILE                              python llama3.py                  120 s on two CPU cores
 
-Paper    Llama Team 2024, The Llama 3 Herd of Models, arXiv 2407.21783; the block is that of Touvron et al. 2023, LLaMA,
-         arXiv 2302.13971, with grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)
-Idea     GPT-2 after five years of weeding. Norms lose their mean and bias, positions become rotations of queries and
-         keys, several query heads share one key/value head, the feed-forward layer gets a valve, biases go.
+Paper    Llama Team 2024, The Llama 3 Herd of Models, arXiv 2407.21783; the block is LLaMA's, arXiv 2302.13971
+Idea     GPT-2 after five years of use: task and loop stay; RMSNorm, RoPE, grouped queries and SwiGLU replace four
+         parts of the block; biases and dropout go. Read decoder_only.py, then `diff decoder_only.py llama3.py`.
 Picture  ids (B,T) -> embed_tokens (B,T,C) -> n_layer x [x + self_attn(norm(x)); x + mlp(norm(x))] -> norm -> lm_head
-         (B,T,V); self_attn turns q and k by angles that grow with their position
-Symbols  B batch   T time   P past (cached) tokens   S = P + T   C n_embd   H query heads   K key/value heads (beams in
-         beam_search)   D head_size   F ffn_size   V vocabulary   L layers   N new tokens   M candidates   R rows
-New here RMSNorm, RoPE (with Llama 3.1's stretching), GQA, SwiGLU, a cache that forgets, a decode step written out for
-         speed, chat templates, sharded and Meta's own weights. The rest is decoder_only.py's: diff decoder_only.py
-         llama3.py
-Not here mixture of experts and QK-norm (qwen3_moe.py), quantised weights, paged caches, fine-tuning
-Expect   validation loss 1.639 (1.631 to 1.648, 3 seeds) nats per character after 2,000 steps on Tiny Shakespeare. After
-         one search over learning rates for both (one seed): 1.637 here, 1.691 in decoder_only.py
-         (results/lr_search.json). --preset numbers: 99.9% (3 of 3 seeds) of unseen numbers exactly right in 19 s
-         (results/llama3.json)
-Asked    What does RMSNorm leave out?   Half-split or interleaved?   Why fewer keys and values, but not fewer queries?
-         Why three matrices?   Why may cached keys move?   How much memory does loading an 8B model take?  (grep "# Q:")
+Symbols  B batch   T tokens   S = past + T   C n_embd   H heads   K key/value heads   D = C/H   F ffn_size   V vocab
+New here RMSNorm, RoPE and Llama 3.1's stretch of it, GQA, SwiGLU, an untied head, sharded weights, chat
+Not here beam search (decoder_only.py), QK-norm and experts (qwen3_moe.py), prompts of unequal length (kv_cache.py)
+Expect   validation loss 1.64 nats per character after 2,000 steps on Tiny Shakespeare (decoder_only.py: 1.71)
+Asked    What does RMSNorm leave out?   Half-split or interleaved?   Why are q and k turned, but not v?   Why fewer keys
+         and values, but not fewer queries?   Why three matrices?   How much memory does an 8B model take?
+
+    python llama3.py                                           train on Shakespeare (offline: on Python's help texts)
+    python llama3.py --data my.txt --max-steps 5000            on your own text
+    python llama3.py --load runs/llama3 --prompt "ROMEO:"      let it write
+    python llama3.py --load meta-llama/Llama-3.2-1B-Instruct --chat          talk to published weights
 """
 import argparse
-import atexit
-import base64
-import contextlib
-import copy
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import os
-import random
 import re
-import shutil
 import signal
 import sys
-import threading
 import time
-import zipfile
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
-# The model needs torch alone. matplotlib, requests, tiktoken and safetensors are imported where they are used.
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 
-# --- 1. Config: every knob in one place ------------------------------------------------------------------------------
-# A field is a flag (--n-layer 6), its comment is the help text, and the whole record travels in the checkpoint. Do not
-# learn the fields by heart: each is explained where it is used. First reading: go on at section 2.
-#     python llama3.py                                           train on Shakespeare (or on Python's docs when offline)
-#     python llama3.py --data my.txt --max-steps 5000            on your own text
-#     python llama3.py --preset numbers                          on the toy language: every answer can be checked
-#     python llama3.py --load runs/llama3 --prompt "ROMEO:" --temperature 0.5       let it talk
-#     python llama3.py --load meta-llama/Llama-3.2-1B-Instruct --chat               talk to a published one (HF_TOKEN)
-#     python llama3.py --resume                                  go on after Ctrl-C, a crash or a power cut
-@dataclass
+# --- 1. Config: every setting in one place ---------------------------------------------------------------------------
+# A field is a flag (--n-layer 6) and its comment the help text. Each is explained where it is used.
+@dataclasses.dataclass
 class Config:
-    """All settings. Raises ValueError for impossible values."""
-
-    data: str = "auto"                # auto | shakespeare | pydocs | numbers | path of a UTF-8 text file
-    tokenizer: str = "char"           # char: one id per character | gpt2: 50,257 ids | path of Meta's tokenizer.model
-    out: str = "runs/llama3"          # folder for checkpoint, metrics, samples and pictures
+    data: str = "auto"                # auto | shakespeare | pydocs | path of a UTF-8 text file
+    tokenizer: str = "char"           # char: one id per character of the text | gpt2, cl100k_base ...: tiktoken's BPE
+    out: str = "runs/llama3"          # folder for checkpoint, curve and summary
     seed: int = 1337                  # decides initial weights, batches, dropout and samples
-    device: str = "auto"              # auto (cuda if present, else cpu) | cpu | cuda | mps
-    dtype: str = "auto"               # auto (float32; on cuda bfloat16 autocast) | float32 | bfloat16 | float64
-    compile: bool = False             # torch.compile the model: a minute of waiting, then faster steps
-
-    # Shape. 804,224 parameters; decoder_only.py has 809,856: the same budget, so that the losses can be compared.
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
+    resume: bool = False              # continue the run in --out with its settings, bit for bit
+    # Shape. The defaults are the size of nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
     block_size: int = 64              # longest context in tokens
-    n_layer: int = 4                  # layers
-    n_head: int = 4                   # query heads
-    n_kv_head: int = 2                # key/value heads, each shared by n_head / n_kv_head query heads
+    n_layer: int = 4                  # blocks
+    n_head: int = 4                   # attention heads; each is n_embd / n_head wide
+    n_kv_head: int = 2                # heads of keys and values; each serves n_head / n_kv_head query heads
     n_embd: int = 128                 # width of the residual stream
-    head_size: int = 0                # numbers per head; 0 = n_embd / n_head
-    ffn_size: int = 384               # width of the feed-forward layer
-    vocab_size: int = 0               # 0 takes the tokenizer's; more pads it
-    tie_weights: bool = False         # one table for embedding and head
-    rope_theta: float = 10_000.0      # base of the rotation periods; 500,000 in Llama 3, for contexts of 8,192 and more
-    rope_factor: float = 0.0          # stretch slow rotations by this (8 in Llama 3.1, 32 in 3.2); 0 = leave them
-    rope_original: int = 8192         # context of the training before the stretching
-    norm_eps: float = 1e-5            # added to the mean square in RMSNorm
-    dropout: float = 0.0              # share of each branch zeroed in training; Llama has none, small data need it
-    init_std: float = 0.088           # std of the initial weights, about 1/sqrt(n_embd)
-
-    # Optimisation: decoder_only.py's, rate included.
+    ffn_size: int = 384               # width inside the MLP
+    vocab_size: int = 0               # 0 = as many as the tokenizer has; 50304 = 128 * 393 is faster on GPUs than 50257
+    tie_weights: bool = False         # one table for embedding and head, as in the 1B and 3B models
+    rope_theta: float = 10_000.0      # base of the rotation speeds; Llama 3, made for 8,192 tokens: 500,000
+    rope_factor: float = 1.0          # stretch of the slow rotations: 8 in Llama 3.1, 32 in 3.2; 1 = none
+    # Optimization. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: 1.5 passes over Shakespeare.
     max_steps: int = 2000             # optimizer steps
-    batch_size: int = 12              # rows per micro-step, over all ranks
-    grad_accum: int = 1               # micro-steps per optimizer step
-    lr: float = 3e-3                  # peak learning rate (Llama 3 8B: 3e-4, 405B: 8e-5)
-    min_lr_ratio: float = 0.1         # the last learning rate as a share of the peak
+    batch_size: int = 12              # rows per micro-step
+    grad_accum = 1                    # micro-steps per optimizer step (a constant, as beta2: no flag)
+    lr: float = 3e-3                  # peak learning rate; small models take large ones (nanoGPT's 124M: 6e-4)
     warmup_steps: int = 100           # steps of linear warm-up
-    weight_decay: float = 0.1         # on matrices and embeddings only
-    beta2: float = 0.99               # memory of Adam's second moment: 0.99 looks back about 100 steps
-    grad_clip: float = 1.0            # largest gradient norm
-    eval_every: int = 250             # steps between passes over the whole validation split
-    save_every: int = 500             # steps between checkpoints
-    resume: bool = False              # continue the run in --out, bit for bit
-
-    # Decoding.
-    load: str = ""                    # run folder, checkpoint, Hugging Face or Meta folder, or repository to start from
+    beta2 = 0.99                      # memory of Adam's second moment: 0.99 looks back about 100 steps
+    eval_every: int = 250             # steps between evaluations on the validation split, each with a checkpoint
+    # Decoding. 0.8 is a common choice for small models: their unlikely tokens are mostly mistakes.
+    load: str = ""                    # run folder, Hugging Face folder or repository to start from
     prompt: str = ""                  # text to continue; together with --load nothing is trained
-    chat: bool = False                # talk to the loaded model (an Instruct one) in the terminal
+    chat: bool = False                # talk to the Instruct model that --load names
     max_new_tokens: int = 400         # tokens to write
     temperature: float = 0.8          # 0 = always the likeliest token; 1 = the model's own distribution
     top_k: int = 0                    # sample among the k likeliest only; 0 = all
     top_p: float = 1.0                # sample among the likeliest that together have probability p
-    repetition_penalty: float = 1.0   # above 1: make tokens that were already there less likely
-    beams: int = 1                    # above 1: beam search, without temperature, top-k, top-p, repetition penalty
-    length_penalty: float = 1.0       # beam score = sum of log-probs / length ** this
-
-    def __post_init__(self):
-        # A bad value caught here costs a line; caught at step 500 it costs the run.
-        for names, ok, rule in (
-                ("block_size n_layer n_head n_kv_head n_embd ffn_size rope_original max_steps batch_size grad_accum "
-                 "eval_every save_every max_new_tokens beams", lambda x: x >= 1, "at least 1"),
-                # `0 <= x < inf` and not `x < 0 or ...`: every comparison with nan is false, so nan fails as well
-                ("seed", lambda x: 0 <= x < 2 ** 31, "in [0, 2^31)"),
-                ("vocab_size head_size warmup_steps weight_decay temperature top_k",
-                 lambda x: 0 <= x < math.inf, "0 or more"),
-                ("lr grad_clip init_std rope_theta norm_eps repetition_penalty", lambda x: 0 < x < math.inf, "above 0"),
-                ("rope_factor", lambda x: x == 0 or 1 <= x < math.inf, "0, or at least 1"),
-                ("length_penalty", math.isfinite, "a number"),
-                ("dropout beta2", lambda x: 0 <= x < 1, "in [0, 1)"),
-                ("min_lr_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
-                ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
-                ("tokenizer", lambda x: x in ("char", "gpt2") or x.endswith(".model"), "char, gpt2 or a .model file"),
-                ("device", ("auto", "cpu", "cuda", "mps").__contains__, "auto, cpu, cuda or mps"),
-                ("dtype", ("auto", "float32", "bfloat16", "float64").__contains__,
-                 "auto, float32, bfloat16 or float64")):
-            for name in names.split():
-                if not ok(getattr(self, name)):
-                    raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}")
-        # What two fields say together.
-        if not self.head_size and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} cannot be shared out over n_kv_head {self.n_kv_head}")
-        if (self.head_size or self.n_embd // self.n_head) % 2:
-            raise ValueError("head_size must be even: RoPE turns pairs of numbers")
 
 
-# The published shapes (Llama Team 2024, arXiv 2407.21783, table 3, and config.json of the hub). They need
-# --tokenizer PATH of Meta's tokenizer.model, and for training far more than this page: 15 trillion tokens. Shapes and
-# lr are from there; max_steps is the 405B's, beta2 and warmup_steps are Llama 2's.
-LLAMA3 = dict(tokenizer="tokenizer.model", vocab_size=128256, block_size=8192, rope_theta=500_000.0, init_std=0.02,
-              lr=3e-4, beta2=0.95, warmup_steps=2000, max_steps=1_200_000, batch_size=512, eval_every=2000,
-              save_every=2000)
-LLAMA31 = dict(LLAMA3, block_size=131072, rope_factor=8.0)
-EIGHT = dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_size=14336)
-PRESETS = {
-    "laptop": {},  # the defaults above
-    # Lines such as "17=seventeen": short rows, many per step, and a rate that falls to 0 because answers are exact.
-    "numbers": dict(data="numbers", n_layer=2, n_embd=64, ffn_size=192, init_std=0.125, block_size=17, batch_size=128,
-                    max_steps=900, lr=3e-3, min_lr_ratio=0.0, beta2=0.98, weight_decay=0.01, eval_every=150,
-                    temperature=0.0),
-    "llama3-8b": dict(LLAMA3, **EIGHT),
-    "llama3.1-8b": dict(LLAMA31, **EIGHT),
-    "llama3.2-1b": dict(LLAMA31, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_size=8192, rope_factor=32.0,
-                        tie_weights=True),
-    "llama3.2-3b": dict(LLAMA31, n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, ffn_size=8192, rope_factor=32.0,
-                        tie_weights=True),
-    "llama3-70b": dict(LLAMA3, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, ffn_size=28672, lr=1.5e-4),
-}
+PRESETS = {"laptop": {}}  # the defaults above
 
 
-# Plumbing, the same in every script. First reading: skip.
-def parse_config(cls, presets, argv=None):
-    """Command line -> cls. Every field is a flag (--n-layer 6, --no-compile); explicit flags win over --preset NAME.
+# --- 2. Model: from one attention head up to the whole ---------------------------------------------------------------
+# Everything below reads from and adds to one tensor, the residual stream x (B, T, C): C numbers per token, which start
+# as "what am I" and end as "what comes next".
+#     ids --embed--> x ---+-------------------> + ---+-----------------> + --> ... --> norm --lm_head--> logits
+#                         |                     ^    |                   ^
+#                         +-> norm -> attention +    +-> norm -> mlp ----+        (one of n_layer blocks)
+#                                     mixes tokens               works on each alone
 
-    A wrong flag or an impossible value ends the program with one line `error: ...` and exit status 1.
+# RoPE (Su et al. 2021, arXiv 2104.09864). Take two of the D numbers of a query as a point in a plane and turn it by an
+# angle that grows with its position m; turn the same two numbers of a key by the angle of *its* position n. Then
+#     <turn(q, m*w), turn(k, n*w)>  =  <q, turn(k, (n-m)*w)>        places go in, only the distance n - m comes out
+# q.k adds up D/2 planes with D/2 speeds w, like the hands of a clock: the fastest turns 1 radian per token and tells
+# neighbors apart; the slowest (theta 500,000, D = 128) takes 2.6 million tokens for a turn and tells chapters apart.
+def rope_angles(positions, D, theta, factor):
+    """positions (T) -> cos, sin (T, D) of the angles position * w, w = theta^(-2i/D) for plane i, in float32.
+
+    factor is Llama 3.1's stretch. In the 8,192 tokens of pre-training a plane that turns 4 times or more has seen all
+    its angles and stays; one that turns once or less is slowed down by the factor, so that factor * 8,192 tokens show
+    it no new angle; in between the two are mixed.
     """
-    # The help texts are read from the source: a comment and a help string that say the same would drift apart.
-    notes = dict(re.findall(r"^ {4}(\w+): \w+ = .*?# (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    # argparse would print its whole usage above the message, and the one line that matters would scroll away.
-    parser.error = lambda message: sys.exit(f"error: {message}")
-    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="a set of defaults")
-    for field in dataclasses.fields(cls):
-        # Trap: type=bool makes "--resume False" true, because bool("False") is True. Booleans get --x and --no-x.
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        # SUPPRESS leaves flags that were not given out of the result; what is left is what the user really said.
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    try:
-        cfg = cls(**{**presets[given.pop("preset")], **given})
-    except ValueError as problem:
-        sys.exit(f"error: {problem}")
-    cfg.given = frozenset(given)  # a flag that repeats a default was still asked for: --resume must not ignore it
-    return cfg
-
-
-# --- 2. Model: from one rotation up to Llama -------------------------------------------------------------------------
-# The same stream as in GPT-2: C numbers per token, read through a norm, added to. Four parts were exchanged since then,
-# and each of them makes the model simpler, cheaper or better; none of them makes it deeper or stranger:
-#
-#     part            GPT-2 (2019)                   Llama 3 (2024)               what it buys
-#     norm            LayerNorm, weight and bias     RMSNorm, weight only         one statistic instead of two
-#     position        a learned vector, added once   RoPE, q and k turned by it   distance instead of place
-#     attention       H keys and values              K <= H of them (GQA)         a cache H/K times smaller
-#     feed-forward    GELU, 2 matrices               SwiGLU, 3 matrices           a lower loss at equal size
-#     biases, dropout                                none                         nothing lost with enough data
-#
-#     ids --embed_tokens--> x ---+--------------------> + ---+-----------------> + --> ... --> norm --lm_head--> logits
-#                                |                      ^    |                   ^
-#                                +-> norm -> self_attn -+    +-> norm -> SwiGLU -+           (one of L layers)
-
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).   x (..., size)."""
-
-    # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
-    # A: The mean and the bias. What training needs is the rescaling: a stream whose size does not grow with depth. One
-    #    statistic instead of two, one vector of weights instead of two, and models train as well.
-    def __init__(self, size, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        # Trap: the mean of squares in bfloat16 has 8 bits. F.rms_norm works in float32 inside and rounds its result;
-        # the weight is multiplied behind that, in the dtype of x, which is how the published models were trained.
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
-
-
-# RoPE (Su et al. 2021, arXiv 2104.09864) in one picture. Take two of the D numbers of a query as a point in a plane and
-# turn it by an angle that grows with its position; turn the key's two numbers by the angle of *its* position.
-#
-#     query at m    turned by m*w        <turn(q, m*w), turn(k, n*w)> = <q, turn(k, (n-m)*w)>
-#     key   at n    turned by n*w        absolute angles go in, and only the distance n - m comes out
-#
-# q.k is the sum of these products over the D/2 planes: a score made of D/2 functions of the distance alone.
-# D/2 such planes with D/2 speeds w, like the hands of a clock: the fastest turns 1 radian per token and tells
-# neighbours apart, the slowest (theta 500,000, D = 128) needs 2.6 million tokens for a round and tells chapters apart.
-def rope_frequencies(cfg):
-    """-> (D/2) float32: radians per token of each plane, theta^(-2i/D), stretched as Llama 3.1 does if rope_factor > 0.
-
-    Stretching (Llama 3.1's "llama3" form): the model was trained with 8,192 tokens. A plane that turns often within
-    them has seen all its angles, and stays; one whose period is longer has not, and is slowed down by the factor, so
-    that factor * 8,192 tokens (65,536 for 8, 262,144 for 32) show it no new angle; in between the two are mixed.
-    """
-    # In float32, whatever the model is. Trap: a buffer. model.to(bfloat16) rounds the speeds to 3 digits, and at token
-    # 10,000 a plane is off by whole turns.
-    i = torch.arange(0, cfg.head_size, 2, dtype=torch.float32, device="cpu")   # (D/2)
-    speed = cfg.rope_theta ** (-i / cfg.head_size)                             # (D/2)
-    if cfg.rope_factor == 0:
-        return speed
-    # periods = how often a plane turns within the original context: 4 and more stay, 1 and fewer are slowed down.
-    periods = cfg.rope_original * speed / (2 * math.pi)                        # (D/2)
-    keep = ((periods - 1) / (4 - 1)).clamp(0, 1)                               # (D/2)
-    return keep * speed + (1 - keep) * speed / cfg.rope_factor                 # (D/2)
-
-
-def rope_angles(positions, speed):
-    """positions (..., T), speed (D/2) -> cos, sin (..., 1, T, D), to be used for all heads and layers of this pass."""
-    # In float32: position 100,000 times a speed near 1 has 17 bits before the point; bfloat16 keeps 8 in all.
-    angle = positions[..., None, :, None].float() * speed.to(positions.device)  # (..., 1, T, D/2)
-    # Twice: x[i] and x[i + D/2] are the two numbers of one plane, and turn by one angle.
-    angle = torch.cat((angle, angle), -1)                                      # (..., 1, T, D)
+    w = 1 / theta ** (torch.arange(0, D, 2, device=positions.device) / D)      # (D/2)
+    keep = ((8192 * w / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)              # (D/2)
+    w = keep * w + (1 - keep) * w / factor                                     # (D/2)
+    # Trap: this product in bfloat16, which cannot tell position 257 from 256.
+    angle = positions[:, None] * torch.cat((w, w))                             # (T, D)
     return angle.cos(), angle.sin()
 
 
 # Q: Half-split or interleaved: which two numbers make a plane?
-# A: The paper and Meta's code pair (0, 1), (2, 3), ...; Hugging Face's layout, and ours, (0, D/2), (1, D/2 + 1), ...
-#    It is a convention of the weights: permuting the rows of W_q and W_k alike changes no q.k. Weights read with the
-#    wrong one are the commonest RoPE bug. Position 0 is not turned at all, so a first look at it finds nothing.
+# A: The paper and Meta's files pair (0, 1), (2, 3), ...; Hugging Face's files, and ours, (0, D/2), (1, D/2 + 1), ...
+#    It is a convention of the weights: permuting the rows of W_q and W_k alike changes no q.k. Reading weights with the
+#    wrong one is the commonest RoPE bug; position 0, which is not turned at all, still looks right.
 def apply_rope(x, cos, sin):
-    """Turn each plane (x[i], x[i + D/2]) of x (B, H, T, D) by its angle; cos, sin broadcast to it -> (B, H, T, D).
-
-    (a, b) -> (a cos - b sin, b cos + a sin): a rotation, so lengths stay and values (which are not turned) too.
-    """
-    a, b = x.chunk(2, -1)                                                      # (..., D/2)
-    return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)      # (..., D)
+    """x (B, H, T, D), plane i = (a, b) = (x[i], x[i + D/2]) -> (a cos - b sin, b cos + a sin), (B, H, T, D)."""
+    a, b = x.chunk(2, -1)                                                      # (B, H, T, D/2)
+    return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)      # (B, H, T, D)
 
 
-# A picture of the mask for T = S = 4 (x = may attend). Row t is a training exercise of its own, "given tokens 0..t,
-# what is t+1": without the mask row t would find its answer in column t+1 and the loss would fall to 0 by copying.
+# The mask for T = S = 4 (x = may attend). Row t is a training exercise of its own, "given tokens 0..t, what is t+1":
+# without the mask row t would find its answer in column t+1, and the loss would fall to 0 by copying.
 #     key     0 1 2 3
 #     query 0 x . . .
 #           1 x x . .
@@ -298,55 +136,83 @@ def causal_mask(T, S, device=None):
     With a cache there are more keys (S) than queries (T), and the triangle is aligned at the bottom right:
     T=2, S=4 gives [[1,1,1,0],[1,1,1,1]].
     """
-    # tril(k) keeps column <= row + k. With k = S - T even query 0 sees the S - T tokens before it.
     # Trap: aligning at the top left (what is_causal=True does when T < S): query t then sees keys 0..t only, and a
     # single new token nothing but the first one. Symptom: good text without a cache, nonsense with it.
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)       # (T, S)
 
 
-class GroupedQueryAttention(nn.Module):
-    """H query heads share K key/value heads, H/K to each (GQA: Ainslie et al. 2023, arXiv 2305.13245). No biases.
+# Attention is a soft dictionary lookup. Each token makes three vectors: a query (what do I look for?), a key (what do I
+# offer?) and a value (what do I hand over?). Query . key is a score, softmax turns a row of scores into weights that
+# sum to 1, and the result is the weighted mean of the values. Scores (2, 0) give the weights (.88, .12).
+def attention(q, k, v, mask):
+    """Scaled dot-product attention, written out: softmax(q k^T / sqrt(D)) v   (Vaswani et al. 2017, eq. 1).
 
-    K = H is GPT-2's multi-head attention, K = 1 multi-query attention (Shazeer 2019, arXiv 1911.02150).
+    q (B, H, T, D), k and v (B, H, S, D), mask bool, broadcastable to (B, H, T, S), True = may attend -> (B, H, T, D).
+    This is the definition. The model calls F.scaled_dot_product_attention: the same numbers from one fused kernel.
+    """
+    # Q: Why divide by sqrt(D)?
+    # A: q.k adds up D products of unit-variance numbers: variance D, so at D=64 scores of +-24 are only 3 sigma away.
+    #    Softmax of those is a hard maximum whose gradient p(1-p) vanishes. The division brings the variance back to 1.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                   # (B, H, T, S)
+    # exp(-inf) = 0: a hidden key gets no weight. Trap: multiplying the *probabilities* by the mask instead. Rows then
+    # sum to less than 1, and the future still acts through the denominator.
+    scores = scores.masked_fill(~mask, -math.inf)                              # (B, H, T, S)
+    # Q: What does the mask cost?
+    # A: Half of the attention matmuls: T x S scores are computed, those above the diagonal thrown away. All scores are
+    #    T / (6*C) of the block's other matmuls, 22 % in GPT-2 (1024/4608). flash_attention.py skips what is hidden.
+    return scores.softmax(-1) @ v                                              # (B, H, T, D)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Each token asks (q) all tokens up to itself (k) and takes a weighted mean of what they carry (v).
+
+    H heads do this side by side on D = C/H numbers each: one may look at the previous character while another looks
+    for the speaker's name. One wide head could only take one weighted mean per token.
     """
 
-    # Q: Why fewer keys and values, but not fewer queries?
-    # A: Queries are used once and forgotten; keys and values stay in the cache, and every written token reads all of
-    #    them. Llama-3-8B (H 32, K 8) keeps 128 KiB per token in bfloat16 instead of 512: a context of 8,192 tokens is 1
-    #    GiB instead of 4. The loss suffers little, since heads can share what they look *at* and differ in what *for*.
+    # Q: Why fewer keys and values, but not fewer queries (GQA: Ainslie et al. 2023, arXiv 2305.13245)?
+    # A: Queries are used once; keys and values stay in the cache, and each written token reads all of them. Llama 3 8B
+    #    (32 layers, K 8, D 128) keeps 128 KiB per token in bfloat16 instead of 512: 1 GiB for 8,192 tokens, not 4.
+    #    Heads that share what they look at still differ in what they seek: the loss hardly suffers.
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, C, D = cfg, cfg.n_embd, cfg.head_size
-        self.q_proj = nn.Linear(C, cfg.n_head * D, bias=False)
-        self.k_proj = nn.Linear(C, cfg.n_kv_head * D, bias=False)
-        self.v_proj = nn.Linear(C, cfg.n_kv_head * D, bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * D, C, bias=False)
+        self.cfg = cfg
+        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_embd // cfg.n_head * cfg.n_kv_head, bias=False)
+        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_embd // cfg.n_head * cfg.n_kv_head, bias=False)
+        self.o_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0):
-        """x (B, T, C), rope = (cos, sin) -> (B, T, C). mask bool (.., T, S), or None: causal when T = S."""
-        B, T, _ = x.shape
-        # view(B, T, H, D) cuts the outputs into heads, transpose puts heads before time (see decoder_only.py).
-        q = self.q_proj(x).view(B, T, self.cfg.n_head, -1).transpose(1, 2)     # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.cfg.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.cfg.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
-        # Turned before they are cached: a key's position never changes, so it is turned once and not at every step.
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)                      # (B, ..., T, D)
+    def forward(self, x, rope, cache=None):
+        B, T, C = x.shape
+        H, K, D = self.cfg.n_head, self.cfg.n_kv_head, C // self.cfg.n_head
+        q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)                    # (B, H, T, D)
+        k, v = (proj(x).view(B, T, K, D).transpose(1, 2) for proj in (self.k_proj, self.v_proj))  # (B, K, T, D) each
+        # Q: Why are q and k turned, but not v?
+        # A: Positions decide who attends to whom, and that is q.k. The value is what is handed over; it means the same
+        #    wherever it came from. Keys are cached turned: their place does not change.
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(layer, k, v)                                   # (B, ..., S, D) each
-        # enable_gqa: query head h reads key head h // (H/K): neighbours share. Trap: repeat() instead of
-        # repeat_interleave() pairs h with h % K; shapes fit, published weights give nonsense.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.cfg.n_kv_head < self.cfg.n_head)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                       # (B, T, C)
+            k, v = cache.append(self, k, v)                                    # (B, K, S, D) each
+        # attention(q, k, v, mask) in one fused call. It works in tiles and never stores the T x S scores, which at
+        # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
+        S = k.size(2)
+        mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything
+        # enable_gqa: query head h reads key head h // (H/K). Trap: repeating keys as k.repeat(1, H // K, 1, 1) pairs h
+        # with h % K instead; shapes fit, and published weights write nonsense. repeat_interleave is the right one.
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S and T > 1, enable_gqa=True)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))                 # (B, T, C)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x): F detectors, each with a valve (Shazeer 2020, arXiv 2002.05202)."""
+    """Most of a block's weights, applied to each token alone: attention moves information, this works on it.
+
+    mlp(x) = down_proj(silu(gate_proj(x)) * up_proj(x)): F gated detectors (SwiGLU, Shazeer 2020, arXiv 2002.05202).
+    """
 
     # Q: Why three matrices, and why is F not 4*C?
     # A: One says how far to open, one what to let through, one writes it back: a product of two views of x, which a
-    #    plain layer cannot make. At equal size F is 2/3 of GPT-2's 4*C: 8/3*C (here 3*C: GQA has saved C*C
-    #    weights a layer). silu(x) = x * sigmoid(x): a smooth ReLU, near 0 for x < -5, near x for x > 5.
+    #    plain layer cannot make. Three matrices of 8/3*C are as large as GPT-2's two of 4*C; here F = 3*C, since GQA
+    #    has saved C*C weights. silu(x) = x * sigmoid(x), a smooth ReLU.
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False)
@@ -357,97 +223,66 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))     # (B, T, C)
 
 
-class LlamaLayer(nn.Module):
-    """Read through a norm, add to the stream: x + self_attn(norm(x)), then x + mlp(norm(x))."""
+class Layer(nn.Module):
+    """Read from the residual stream, add to it: first the attention, then the MLP."""
 
+    # Q: Why is the norm inside the branch (pre-norm) and not behind the sum, as in the 2017 paper and BERT?
+    # A: x passes through plain additions from the embedding to the head, so the gradient arrives whole. Post-norm
+    #    rescales it behind each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        # RMSNorm(x) = x / sqrt(mean(x^2) + 1e-5) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
+        # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
+        # A: The mean and the bias. What training needs is the rescaling, since the stream grows with every block. One
+        #    pass over x instead of two, one vector of weights instead of two, and models train as well.
+        self.input_layernorm = nn.RMSNorm(cfg.n_embd, eps=1e-5)
         self.self_attn = GroupedQueryAttention(cfg)
-        # The published name says where the norm stands (behind the attention), not what it norms (the MLP's input).
-        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, eps=1e-5)  # the published name: it norms mlp's input
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0):
-        p, training = self.cfg.dropout, self.training
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache, layer), p, training)  # (B, T, C)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p, training)  # (B, T, C)
+    def forward(self, x, rope, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)           # (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))                  # (B, T, C)
 
 
 class Llama(nn.Module):
-    """Llama 3. model(ids, mask=None, cache=None) -> logits (B, T, V). Module names are those of the published weights.
+    """Module names are those of the published weights.
 
-    Parameters: V*C (twice if the head is not tied) + L * (2*C*H*D + 2*C*K*D + 3*C*F + 2*C) + C. Llama-3-8B: 1.05
-    billion for the two tables of V = 128,256 and 32 * 218 million: 8.03 billion.
+    Parameters: 2*V*C (V*C if tied) + n_layer * (2*C*C + 2*C*K*D + 3*C*F + 2*C) + C. Llama 3 8B: 1.05 + 6.98 billion.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        cfg.head_size = cfg.head_size or cfg.n_embd // cfg.n_head  # from here on the number itself, for the checkpoint
         self.cfg = cfg
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            layers=nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.n_layer)),
-            norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
-        # Untied in the large models, where 525 million of 8 billion hardly matter; tied in the 1B and 3B.
-        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        if cfg.tie_weights:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                # The last matrix of each branch is drawn smaller, so that 2L sums do not grow the stream.
-                shrink = math.sqrt(2 * cfg.n_layer) if name.endswith(("o_proj", "down_proj")) else 1.0
-                nn.init.normal_(module.weight, std=cfg.init_std / shrink)
-        self.rope_speed = rope_frequencies(cfg)  # a plain tensor: no weight, not saved, not cast with the model
+            layers=nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer)),
+            norm=nn.RMSNorm(cfg.n_embd, eps=1e-5)))
+        # Q: Why tie the head to the token embedding?
+        # A: Both say what a token means, on the way in and on the way out. Tying saves V*C numbers (GPT-2: 38.6 of 163
+        #    million), and a rare token's row learns from every prediction (Press & Wolf 2017, arXiv 1608.05859).
+        self.lm_head = None if cfg.tie_weights else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        # Initial weights are random, because equal units would get equal gradients and stay equal; and x @ W keeps the
+        # size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02: about right at 1600 (0.025), too small at 128.
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # Each block adds two branches to the stream, and the variance of a sum grows with the number of terms.
+                # Dividing the last matrix of each branch by sqrt(2 * n_layer) keeps it (GPT-2 paper, section 2.3).
+                nn.init.normal_(p, 0, (cfg.n_embd * (2 * cfg.n_layer if re.search("o_proj|down", name) else 1)) ** -0.5)
 
-    def hidden(self, ids, mask=None, cache=None):
-        """The stream behind the last norm, (B, T, C). Raises ValueError when the context is longer than block_size.
-
-        mask (B, T) bool: which ids are real tokens; pads (filler that makes rows equally long) stand on either side.
-        cache holds the P tokens before and takes in these T, so that a prompt may come in pieces (chunked prefill).
-        """
-        # P past + T new = S tokens in sight. Training: P = 0, S = T. Writing one token: T = 1, S = P + 1.
-        T = ids.size(1)
-        P = cache.length if cache is not None else 0
-        S = P + T
-        if S > self.cfg.block_size:
-            raise ValueError(f"{S} tokens, but this model was made for {self.cfg.block_size} (block_size)")
-        # keep (B, S): which of the tokens in sight are real. The cache remembers it for the past.
-        keep = mask
-        if cache is not None:
-            if mask is not None:
-                cache.mask[:, P:S], cache.padded = mask, True
-            keep = cache.mask[:, :S] if cache.padded else None
-        positions = torch.arange(P, S, device=ids.device)                      # (T)
-        allowed = None  # the two common cases, training and decoding one token, need no mask tensor: the kernel knows
-        if keep is not None:
-            # A row's first real token has position 0 wherever it stands: count the real ones (see decoder_only.py).
-            # RoPE alone would not need it: pads in front shift all positions alike, and only distances count. But the
-            # cos and sin of shifted positions round differently, and a row would depend on its neighbours' length.
-            positions = (keep.cumsum(1) - 1).clamp(min=0)[:, P:]               # (B, T)
-            allowed = causal_mask(T, S, ids.device) & keep[:, None, None, :]   # (B, 1, T, S)
-        elif P > 0 and T > 1:
-            allowed = causal_mask(T, S, ids.device)                            # (T, S)
-        if cache is not None:
-            positions = positions + cache.dropped                              # (..., T)
-        rope = rope_angles(positions, self.rope_speed)                         # (..., 1, T, D) each
+    def forward(self, ids, cache=None):
+        """ids (B, T) int64 -> logits (B, T, V): row t scores token t+1. cache holds the tokens before them, if any."""
+        past, T = cache.length if cache is not None else 0, ids.size(1)
         x = self.model.embed_tokens(ids)                                       # (B, T, C)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, allowed, cache, layer)                          # (B, T, C)
+        positions, D = torch.arange(past, past + T, device=ids.device), self.cfg.n_embd // self.cfg.n_head  # (T)
+        rope = rope_angles(positions, D, self.cfg.rope_theta, self.cfg.rope_factor)  # (T, D) each
+        for block in self.model.layers:
+            x = block(x, rope, cache)                                          # (B, T, C)
         if cache is not None:
-            cache.length = S
-        return self.model.norm(x)                                              # (B, T, C)
-
-    def forward(self, ids, mask=None, cache=None):
-        """ids (B, T) int64, mask (B, T) bool True = real token or None -> logits (B, T, V): row t scores token t+1."""
-        return self.lm_head(self.hidden(ids, mask, cache))                     # (B, T, V)
-
-
-def build_model(cfg):
-    """A fresh model; its weights are a function of cfg alone, seed included."""
-    torch.manual_seed(cfg.seed)
-    return Llama(cfg)
+            cache.length += T
+        # Pre-norm leaves the sum of all branches unnormalized; without this last norm its size, which grows with depth,
+        # would act as a temperature on the logits.
+        return F.linear(self.model.norm(x), (self.lm_head or self.model.embed_tokens).weight)  # (B, T, V)
 
 
 # --- 3. Objective: the next token, T times per row -------------------------------------------------------------------
@@ -456,285 +291,80 @@ def build_model(cfg):
 #                                 the token after the next; the loss falls all the same, and the text is gibberish.
 # The mean of this loss over a text is its cross-entropy. Other names for the same number, here for a loss of 1.7:
 #     perplexity     exp(1.7) = 5.5      the model is as unsure as if it chose among 5.5 equally likely characters
-#     bits per byte  1.7 / ln 2 = 2.45   an arithmetic coder that asks this model needs 2.45 bits per character, not 8
+#     bits per byte  1.7 / ln 2 = 2.45   a compressor that uses this model's guesses needs 2.45 bits a character, not 8
 
 IGNORE = -100  # a target that does not count: padding, prompts. The value is F.cross_entropy's own default.
 
 
-def compute_loss(model, batch, cfg):
-    """batch = (inputs (B, T), targets (B, T) = the same rows one token later) -> (sum of losses in nats, how many, {}).
-
-    loss of a token = -ln p(target): 0 when the model was certain, ln V when it had no idea. A sum; train() divides.
-    """
-    inputs, targets = batch
-    logits = model(inputs)                                                     # (B, T, V)
+def compute_loss(model, inputs, targets):
+    """inputs, targets (B, T) -> sum of -ln p(target) over the targets that count, in nats."""
     # Q: Why is the first loss about ln V?
     # A: An untrained model gives each of V tokens about 1/V, and -ln(1/V) = ln V: 4.17 for 65 characters. Logits of
-    #    variance s^2 add s^2/2 to it. Here s^2 = C * init_std^2 = 1 (the head's input has norm sqrt(C)), so
-    #    the first loss is about 4.67; with GPT-2's 0.02 at width 768 s^2 is 0.3. A first loss far above that says: the
-    #    logits start too large.
-    # cross_entropy = -ln softmax(logits)[target] = ln(sum of exp(logits)) - logits[target]; ln makes the unit the nat.
-    # Under bfloat16 autocast PyTorch runs this one function in float32: a sum of 128,256 exponentials needs the digits.
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss_sum, (targets != IGNORE).sum(), {}
+    #    variance s^2 add s^2/2 to it. Here s^2 = 1 (rows of the head have length 1, the last norm makes the variance
+    #    1), so the first loss is about ln V + 0.5. Far above that, the logits start too large.
+    logits = model(inputs)                                                     # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-# --- 4. Data: text or toy language -> rows of ids --------------------------------------------------------------------
-# Every data set ends up as one thing: a tuple of tensors (inputs, targets) whose first axis is the row. A batch is then
-# one gather, whatever the rows hold, and nothing below this section knows where they came from.
-#
-#     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
-
-# A file that is fetched is named with its SHA-256. A download that broke off, a proxy's error page or a silently edited
-# copy would train just as well, and the number at the end would mean something else.
-SHAKESPEARE = ("tinyshakespeare.txt",
-               "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+# --- 4. Data: text -> rows of ids ------------------------------------------------------------------------------------
+# The SHA-256 is checked: a proxy's error page or an edited copy would train as well, to a number that means nothing.
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
-def sha256_of(path):
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fetch(filename, url, sha256="", login=None):
-    """-> Path of a file from $LLM_DATA, ./data, or else downloaded to ./data. Raises OSError when it cannot be had.
-
-    A broken download continues where it stopped; only a complete file (with the right SHA-256, where it is known) gets
-    the name. login: headers that open a door, {"Authorization": "Bearer ..."}.
-    """
-    import requests
-    for folder in (os.environ.get("LLM_DATA"), "data"):
-        path = Path(folder or "data") / filename
-        if path.is_file():
-            if sha256 and sha256_of(path) != sha256:
-                raise OSError(f"{path} is not the expected file (SHA-256 differs); delete it to fetch it again")
-            return path
-    # path is now ./data/filename. Bytes arrive under another name, so a half file is never taken for a whole one.
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if sha256 and part.exists() else 0  # without a hash nobody could tell if the ends fit
-    # identity: sizes and ranges are those of the file and not of a compressed form of it.
-    headers = {"Accept-Encoding": "identity", **(login or {})} | ({"Range": f"bytes={have}-"} if have else {})
-    # Two timeouts: 3 s to get a connection (an offline laptop should not hang), 30 s between two pieces of data.
-    with requests.get(url, stream=True, timeout=(3, 30), headers=headers) as answer:
-        if answer.status_code != 416:  # 416: nothing lies behind what we have, so we have it all
-            answer.raise_for_status()
-            have = have if answer.status_code == 206 else 0  # 200: the server ignored the range and sends everything
-            size = have + int(answer.headers.get("Content-Length", 0))
-            with (open(part, "ab" if have else "wb") as file,
-                  tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=filename) as bar):
-                for piece in answer.iter_content(1 << 16):
-                    bar.update(file.write(piece))
-            if size > have and part.stat().st_size != size:
-                raise OSError(f"{url}: the download broke off")
-    if sha256 and sha256_of(part) != sha256:
-        part.unlink()
-        raise OSError(f"{url}: the download is damaged (SHA-256 differs); it was removed")
-    os.replace(part, path)
-    return path
-
-
 def load_text(name):
-    """-> (text, its real name, one line about it). name: auto, shakespeare, pydocs, or a path of a UTF-8 file.
-
-    auto = Tiny Shakespeare if it is there or can be fetched, else pydocs: the help texts that ship with every Python,
-    real English that needs no network. A set named outright that cannot be had ends the program with one line.
-    """
+    """-> (text, name of what was loaded). auto = Tiny Shakespeare in ./data (or $LLM_DATA), else downloaded, else
+    Python's own help texts (pydocs). Raises OSError if there is no such file, ValueError if it is not UTF-8."""
     if name in ("auto", "shakespeare"):
+        (url, sha256), path = SHAKESPEARE, Path(os.environ.get("LLM_DATA", "data"), "tinyshakespeare.txt")
         try:
-            path = fetch(*SHAKESPEARE)
-            return path.read_text(encoding="utf-8"), "shakespeare", f"Tiny Shakespeare ({path})"
-        except OSError as problem:  # requests' own exceptions are OSErrors too
+            if not path.is_file():
+                import requests
+                content = requests.get(url, timeout=(3, 60)).content  # 3 s to connect: an offline laptop must not hang
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise OSError(f"{url} is not the expected file: its SHA-256 differs")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            return path.read_text(encoding="utf-8"), "shakespeare"
+        except OSError as problem:  # requests' exceptions are OSErrors too
             if name == "shakespeare":
-                sys.exit(f"error: --data shakespeare: {problem}")
-            print(f"Tiny Shakespeare cannot be had: taking Python's own help texts instead. ({str(problem)[:90]} ...)")
+                raise
+            print(f"no Tiny Shakespeare, so Python's own help texts ({str(problem)[:100]})")
     if name in ("auto", "pydocs"):
         from pydoc_data.topics import topics
-        return "\n\n".join(topics[key] for key in sorted(topics)), "pydocs", "Python's own help texts (pydoc_data)"
-    try:
-        return Path(name).read_text(encoding="utf-8"), name, f"the file {name}"
-    except (OSError, UnicodeDecodeError) as problem:
-        sys.exit(f"error: --data {name}: no such set, and no readable UTF-8 file ({problem})")
+        return "\n\n".join(topics[key] for key in sorted(topics)), "pydocs"
+    return Path(name).read_text(encoding="utf-8-sig"), name  # -sig: a byte-order mark is not a letter
 
 
-# The toy language of all scripts: numbers and their English names. 40215 <-> forty thousand two hundred fifteen.
-# Small enough to learn in less than a minute, and every answer can be checked: a model that is wrong is visibly wrong.
-UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-# Digits and words have ids of their own: "5" and "five" must be *learned* to mean the same. Index = id, <pad> = 0.
-TOY_VOCAB = ["<pad>", "\n", "=", "[CLS]", "[SEP]", "[MASK]", *"0123456789", *UNITS, *TENS, "hundred", "thousand"]
-
-
-def number_to_words(n):
-    """0 <= n <= 999,999 -> its English name without "and" or hyphens: 40215 -> forty thousand two hundred fifteen."""
-    for size, name in ((1000, "thousand"), (100, "hundred")):
-        if n >= size:
-            rest = " " + number_to_words(n % size) if n % size else ""
-            return f"{number_to_words(n // size)} {name}{rest}"
-    if n < 20:
-        return UNITS[n]
-    return TENS[n // 10 - 2] + (" " + UNITS[n % 10] if n % 10 else "")
-
-
-# Q: Why hold out by hash and not the last 10 % of a shuffled list?
-# A: A number's split depends on the number alone. However many are drawn, in whatever script and with whatever seed,
-#    none is trained on here and tested there. In one published toy set 36 % of validation rows were also trained on.
-def is_validation(n):
-    """One number in ten is held out, by hash: the same in every script and run, and none is ever in both splits."""
-    # 0 always trains: "zero" is the name of nothing else, so nothing else could teach it.
-    return n != 0 and int(hashlib.sha256(str(n).encode()).hexdigest(), 16) % 10 == 0
-
-
-def draw_numbers(count, seed, validation):
-    """-> list of numbers from one split, with repeats. Each length of 1 to 6 digits is proposed equally often.
-
-    The hash holds out no one-digit number and 5 of the 90 two-digit ones: validation hardly tests short numbers.
-    """
-    # Trap: drawing n uniformly from 0..999,999 makes nine in ten six digits long; short numbers are then never learned.
-    rng, numbers = random.Random(seed), []
-    while len(numbers) < count:
-        digits = rng.randint(1, 6)
-        n = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
-        if is_validation(n) == validation:
-            numbers.append(n)
-    return numbers
-
-
-# Tokenizers have one interface: encode, decode, n_vocab, eos_ids, and spec, the plain dict that rebuilds it. The spec
-# travels in the checkpoint, since weights without their tokenizer are numbers about unknown symbols.
-#
 # Q: Characters or byte-level BPE?
-# A: Characters: 65 ids, a tiny head, nothing to learn about words in advance; a context of 64 tokens is two lines of
-#    verse. BPE: 50,257 ids, each worth 3.3 characters of Shakespeare, so the same context reaches further and a step
-#    covers more text; but at width 128 its embedding alone has 6.4 million parameters, 8 times the rest of GPT-2 here.
-class CharTokenizer:
-    """One id per character of the corpus. No rules and no surprises; the price is length: 1 token per character."""
-
-    eos_ids = ()  # running text never ends
-
-    def __init__(self, chars):
-        self.spec, self.n_vocab = {"kind": "char", "chars": chars}, len(chars)
-        self.chars, self.ids = chars, {c: i for i, c in enumerate(chars)}
-
-    def encode(self, text):
-        unknown = sorted(set(text) - set(self.chars))
-        if unknown:
-            raise ValueError(f"the corpus has no {' '.join(map(repr, unknown[:5]))}: this model cannot read that")
-        return [self.ids[c] for c in text]
-
-    def decode(self, ids):
-        return "".join(self.chars[i] for i in ids if i < self.n_vocab)  # a padded vocabulary has ids without character
+# A: Characters: a small table, nothing to learn in advance, but many tokens. GPT-2's BPE: each id covers about 3.3
+#    characters of Shakespeare, so the same context reaches further; but the embedding has 50,257 * C weights.
+#     text  "First Citizen:\n..."   --tokenizer-->   ids [18, 47, 56, 57, 58, 1, ...]   --windows-->   rows (R, T)
+# encode: text -> list of ids; decode: back; eos: the id that ends a text, -1 = none; make_tokenizer(*spec) rebuilds it.
+Tokenizer = namedtuple("Tokenizer", "spec encode decode n_vocab eos")
 
 
-class ToyTokenizer:
-    """The toy language: one id per digit and one per word (TOY_VOCAB)."""
+def make_tokenizer(kind, text=""):
+    """kind char: text = all characters; json: text = a Hugging Face tokenizer.json; else a name that tiktoken knows.
 
-    spec, n_vocab, eos_ids = {"kind": "numbers"}, len(TOY_VOCAB), (TOY_VOCAB.index("\n"),)
-
-    def encode(self, text):
-        pieces = re.findall(r"\d|\n|=|[^\s\d=]+", text)
-        unknown = [piece for piece in pieces if piece not in TOY_VOCAB]
-        if unknown:
-            raise ValueError(f"the toy language has no {unknown[0]!r}")
-        return [TOY_VOCAB.index(piece) for piece in pieces]
-
-    def decode(self, ids):
-        text = " ".join(TOY_VOCAB[i] for i in ids if 0 < i < self.n_vocab)  # spaces between words, not between digits
-        return re.sub(r"(?<=\d) (?=\d)| ?([=\n]) ?", lambda found: found[1] or "", text)
-
-
-class BPETokenizer:
-    """Byte-level BPE through tiktoken: frequent neighbours were merged again and again, so " the" is one id."""
-
-    def __init__(self, encoding):
-        self.encoding, self.n_vocab = encoding, encoding.n_vocab
-        self.spec, self.eos_ids = {"kind": encoding.name}, (encoding.eot_token,)
-
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)  # "<|endoftext|>" typed by a user is text here, not a command
-
-    def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.n_vocab])
-
-
-class Llama3Tokenizer:
-    """Meta's tokenizer.model: 128,000 byte pieces, one "base64 rank" per line, and 256 special tokens behind them.
-
-    Through tiktoken: a piece of the pattern that is in the list whole is one id, else neighbours are merged, lowest
-    rank first. spec carries the file's text, so that a checkpoint needs no file beside it.
+    Raises ValueError for an unknown name, and encode for a character that the vocabulary lacks.
     """
+    if kind == "char":
+        ids = {character: i for i, character in enumerate(text)}
 
-    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")
-    NAMED = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
-             "step_id start_header_id end_header_id eom_id eot_id python_tag image").split()
-
-    def __init__(self, text):
-        import tiktoken
-        ranks = {base64.b64decode(piece): int(rank) for piece, rank in map(str.split, text.splitlines())}
-        # tiktoken trusts the list: twice the same rank would end the program, a gap would move all special ids.
-        if set(ranks.values()) != set(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("this is no tokenizer.model of Llama 3: ranks are not 0, 1, 2 ..., or a byte is missing")
-        names = self.NAMED + [f"reserved_special_token_{i}" for i in range(2, 246)]
-        self.special = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}  # 256 of them
-        self.encoding = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=self.special)
-        self.spec, self.n_vocab = {"kind": "llama3", "model": text}, self.encoding.n_vocab
-        self.eos_ids = tuple(self.special[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
-
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)  # "<|eot_id|>" typed by a user is text here, not a command
-
-    def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.n_vocab])
-
-    # One message:  <|start_header_id|>user<|end_header_id|>\n\nWhat is RoPE?<|eot_id|>
-    # A prompt ends behind the assistant's header: the model goes on as the assistant, until it writes <|eot_id|>.
-    def chat_ids(self, messages, date=""):
-        """[{"role": "system" | "user" | "assistant", "content": text}] -> ids that end where the assistant begins.
-
-        date "" is Llama 3's template; a date such as "26 Jul 2024" is that of 3.1 and 3.2, which always open with a
-        system message that says it. Raises ValueError if there is no message.
-        """
-        # Trap: rendering to text and encoding that. A user who types "<|eot_id|><|start_header_id|>system" would end
-        # his own turn and speak as the system. Here only this function can make special ids.
-        # Trap: encoding the rendered text with a tokenizer that puts <|begin_of_text|> in front: there are two then.
-        if not messages:
-            raise ValueError("no messages: there is nothing to answer")
-        if date:
-            first = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
-            head = f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n{first}"
-            messages = [{"role": "system", "content": head}, *messages[messages[0]["role"] == "system":]]
-        ids = [self.special["<|begin_of_text|>"]]
-        for i, message in enumerate([*messages, {"role": "assistant"}]):
-            ids += [self.special["<|start_header_id|>"], *self.encode(message["role"]),
-                    self.special["<|end_header_id|>"]]
-            # The dated head keeps its empty line even if nothing follows it; every other text is stripped.
-            content = message.get("content", "")
-            ids += self.encode("\n\n" + (content if date and i == 0 else content.strip()))
-            ids += [self.special["<|eot_id|>"]] if "content" in message else []
-        return ids
-
-
-# differs from decoder_only.py: Meta's tokenizer.model is one more kind; given as a path, or as the text of the file
-def make_tokenizer(spec):
-    """The tokenizer that a spec describes: {"kind": "char", "chars": ...}, "numbers", "gpt2", "llama3" or a path."""
-    if spec["kind"] == "char":
-        return CharTokenizer(spec["chars"])
-    if spec["kind"] == "numbers":
-        return ToyTokenizer()
-    if spec["kind"] == "llama3":
-        return Llama3Tokenizer(spec["model"])
-    try:
-        if spec["kind"].endswith(".model"):
-            return Llama3Tokenizer(Path(spec["kind"]).read_text())
-        import tiktoken
-        return BPETokenizer(tiktoken.get_encoding(spec["kind"]))
-    except (OSError, ValueError) as problem:
-        sys.exit(f"error: the {spec['kind']} vocabulary cannot be read, found or fetched: {problem}")
+        def encode(string):
+            if unknown := set(string) - set(ids):
+                raise ValueError(f"the vocabulary of this model lacks {sorted(unknown)[:5]}")
+            return [ids[character] for character in string]
+        return Tokenizer((kind, text), encode, lambda row: "".join(text[i] for i in row), len(text), -1)
+    if kind == "json":
+        import tokenizers
+        inner = tokenizers.Tokenizer.from_str(text)
+        return Tokenizer((kind, text), lambda string: inner.encode(string).ids, inner.decode, inner.get_vocab_size(),
+                         max(inner.get_vocab().get(eos, -1) for eos in ("<|endoftext|>", "<|end_of_text|>")))
+    import tiktoken
+    bpe = tiktoken.get_encoding(kind)
+    return Tokenizer((kind, ""), bpe.encode_ordinary, bpe.decode, bpe.n_vocab, bpe.eot_token)
 
 
 def text_rows(ids, block_size, stride):
@@ -742,1232 +372,447 @@ def text_rows(ids, block_size, stride):
 
     ids 0 1 2 3 4 5 6 with T = 3, stride 1:  inputs 012 123 234 345   targets 123 234 345 456
                                stride 3:     inputs 012 345           targets 123 456
-    stride 1 to train: any start is a row. stride T to validate: windows that touch but do not overlap, so that every
-    token behind the first is predicted exactly once (but for a tail shorter than T).
-    """
-    # unfold makes a view: a million windows that overlap share one text in memory instead of holding 64 copies of it.
+    stride 1 to train: any start is a row. stride T to validate: every token is predicted once (not the first, nor a
+    tail shorter than T)."""
+    # unfold makes a view: a million windows that overlap share one text in memory instead of holding T copies of it.
     return ids[:-1].unfold(0, block_size, stride), ids[1:].unfold(0, block_size, stride)
 
 
-def number_rows(numbers, tokenizer):
-    """Lines "40215=forty thousand two hundred fifteen\\n" -> (inputs, targets), each (rows, 16), padded on the right.
-
-    Only the words and the newline are targets. The digits are drawn at random, so no model can guess them, and a loss
-    that contains them stops at their entropy: 0.8 nats a token in these rows, whose first digit is never a target
-    (0.98 in running text, see toy_dataset.py). Without them the floor is 0.
-    """
-    # 17 = the longest line: 6 digits, "=", 9 words (777777), newline.
-    # One row, "42=forty two\n", shortened to 8 columns:
-    #     inputs     4   2   =      forty  two  \n  pad pad
-    #     targets    -   -   forty  two    \n   -   -   -        - is IGNORE
-    lines = [tokenizer.encode(f"{n}={number_to_words(n)}\n") for n in numbers]
-    ids = torch.tensor([line + [0] * (17 - len(line)) for line in lines])      # (R, 17)
-    targets = ids[:, 1:].clone()                                               # (R, 16)
-    # The newline stands right behind the row's own last word: it is how the model learns to stop.
-    # Trap: putting it behind the padding instead; it is then predicted from a pad, and generation never ends.
-    # cumsum counts the "=" so far: 4 2 = forty two \n -> 0 0 1 1 1 1. From the "=" on, the next token counts.
-    after_equals = (ids == TOY_VOCAB.index("=")).cumsum(1)[:, :-1].bool()      # (R, 16)
-    targets[~after_equals | (targets == 0)] = IGNORE
-    # No padding mask is needed: pads stand on the right, and a causal model never looks right.
-    return ids[:, :-1], targets
-
-
 def make_data(cfg, tokenizer=None):
-    """-> (train rows, validation rows, tokenizer, info). tokenizer: keep this one (fine-tuning); None: make cfg's.
-
-    info: name and sha256 for the checkpoint and, for text, bytes per token of the validation split.
-    """
-    if cfg.data == "numbers":
-        tokenizer = tokenizer or ToyTokenizer()
-        # 60,000 draws hold about 25,500 different numbers, 3 % of the 900,000: by heart is not enough for the others.
-        train, val = draw_numbers(60_000, cfg.seed, False), sorted(set(draw_numbers(2_500, cfg.seed, True)))
-        if cfg.block_size < 16 or tokenizer.spec != ToyTokenizer.spec:
-            sys.exit("error: --data numbers needs --block-size 16 or more, and with --load a model of the toy language")
-        print(f"data: the toy language, {len(train):,} lines to train, {len(val):,} other numbers to validate")
-        info = {"name": "numbers", "sha256": hashlib.sha256(str((train, val)).encode()).hexdigest()}
-        return number_rows(train, tokenizer), number_rows(val, tokenizer), tokenizer, info
-    text, name, about = load_text(cfg.data)
-    # The last tenth is held out in one piece. Random windows would not do: neighbours share all but one token.
-    cut = int(0.9 * len(text))
-    if tokenizer is None:
-        # The character set includes the held-out tenth's: a tokenizer may know a letter, the model has to learn it.
-        tokenizer = make_tokenizer({"kind": cfg.tokenizer, "chars": "".join(sorted(set(text)))})
-    try:
-        train, val = (torch.tensor(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
-    except ValueError as problem:
-        sys.exit(f"error: --data {cfg.data}: {problem}")
-    if min(len(train), len(val)) <= cfg.block_size:  # zero rows would be a mean over nothing: nan, much later
-        sys.exit(f"error: --data {cfg.data}: too short; the held-out tenth has {len(val)} tokens and one row needs "
-                 f"{cfg.block_size + 1} (a smaller --block-size helps)")
-    print(f"data: {about}, {len(text):,} characters -> {len(train):,} + {len(val):,} tokens of "
-          f"{tokenizer.n_vocab:,} kinds")
-    info = {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "bytes_per_token": len(text[cut:].encode()) / len(val)}
-    return text_rows(train, cfg.block_size, 1), text_rows(val, cfg.block_size, cfg.block_size), tokenizer, info
-
-
-def seeded(seed, step):
-    """A random generator that is a function of (seed, step) alone."""
-    # Trap: seed + step. Seed 1 at step 5 is then seed 2 at step 4. The factor keeps seeds a million steps apart.
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    """-> (train rows, validation rows, tokenizer, name, bytes per validation token). tokenizer None: make cfg's."""
+    text, name = load_text(cfg.data)
+    tokenizer = tokenizer or make_tokenizer(cfg.tokenizer, "".join(sorted(set(text))))
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)               # (n)
+    # The last tenth is held out in one piece. Random windows would not do: neighbors share all but one token.
+    train, val = ids.tensor_split([int(0.9 * len(ids))])
+    if len(val) <= cfg.block_size:
+        raise ValueError(f"{name} is too short: a tenth of its {len(ids)} tokens is less than block_size + 1")
+    return (text_rows(train, cfg.block_size, 1), text_rows(val, cfg.block_size, cfg.block_size), tokenizer, name,
+            len(tokenizer.decode(val.tolist()).encode()) / len(val))
 
 
 def get_batch(data, rows, seed, step):
-    """-> the global batch of one step, a tuple of (rows, ...) tensors: a pure function of (seed, step).
-
-    There is no iterator whose position would have to be saved: step 1,234 draws the same rows in a fresh run, after a
-    resume, and on each of eight GPUs.
-    """
-    # Q: Random windows, or epochs without repetition?
-    # A: Random starts that amount to 1.5 passes leave about e^-1.5 = 22 % of the text unread and read other parts three
-    #    times. Epochs avoid that and need a permutation and a position in it to be saved; random starts need neither.
-    index = torch.randint(len(data[0]), (rows,), generator=seeded(seed, step))
+    """-> (inputs, targets) of one step, (rows, T) each: a pure function of (seed, step), so a resume needs no state."""
+    # Trap: seeding with seed + step. Seed 1 at step 5 is then seed 2 at step 4.
+    index = torch.randint(len(data[0]), (rows,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
     return tuple(part[index] for part in data)  # one gather per tensor, no Python loop over rows
 
 
-def prepare(batch, generator):
-    """What an objective does to a batch before it is dealt out to ranks. A decoder's rows are finished: nothing to do.
-
-    An encoder hides tokens here, with the generator that it is handed, so that all ranks see the same noise.
-    """
-    return batch
-
-
 # --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
-# One optimizer step:
-#     global batch (batch_size * grad_accum rows, a function of seed and step)
-#       -> grad_accum micro-steps, each dealt out over the ranks      activations of one micro-step are alive at a time
-#       -> sum of token losses, backward() adds up gradients          divide by the number of tokens, once
-#       -> clip the norm, AdamW update
-# Nothing random is kept between steps. Batches, dropout and noise are functions of (seed, step), so weights + optimizer
-# + step number are the whole state of a run, and a resumed run equals one that was never stopped, to the last bit
-# (on the CPU; GPU kernels that add with atomics may differ in the last digits).
-#
-# Rank = one of several equal processes, one per GPU, started by `torchrun --nproc-per-node 2 SCRIPT.py`.
-# all_reduce adds a tensor up over all of them. Alone you are rank 0 of 1: at first reading skip every line that says
-# rank or world.
-def ranks():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def setup(cfg):
-    """-> the device of this process. Joins the process group under torchrun, where only rank 0 goes on printing."""
-    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a letter prints "?" instead of ending the program
-        sys.stdout.reconfigure(errors="replace")
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        sys.exit(f"error: --device {kind}: PyTorch sees no such device here")
-    if kind == "mps":
-        print("warning: mps has trained wrongly in silence before; compare the first losses with --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it: 10 mantissa bits, several times faster
-    if "RANK" not in os.environ:
-        return torch.device(kind)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-
-
+# Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
-#        |    /      `-.            warm-up: the first steps are guesses, keep them small
-#        |   /          `.          plateau of the cosine: get far
-#        |  /             `-._      descent: average the noise away
+#        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
+#        |   /          `.          top of the cosine: large steps, fast progress
+#        |  /             `-._      descent: ever smaller steps average out the noise of single batches
 #        +--------------------- step
 def lr_at(step, cfg):
-    """Learning rate of the update number `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio."""
-    # Adam's first update is m_hat / sqrt(v_hat) = g / |g| = +-1: every weight moves by the full lr, whatever its
-    # gradient. At lr 3e-3 that is 3 % of weights of std 0.1, in a direction that one batch chose. With 100 steps of
-    # warm-up the first one is 3e-5.
+    """Learning rate of update number `step` (from 0): linear warm-up, then half a cosine down to 0."""
+    # Adam's first update is m_hat / sqrt(v_hat) = g / |g| = +-1: every weight moves by the full lr, in a direction that
+    # a single batch chose. Warm-up divides that first move by warmup_steps.
     # step + 1: update 0 already moves. Trap: step / warmup_steps makes the first update a no-op.
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    # Late in training the noise of single batches dominates, and a small rate averages over it. The last update runs at
-    # lr * min_lr_ratio, provided that max_steps > warmup_steps + 1.
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - 1 - cfg.warmup_steps))
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model, cfg):
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the parameters that ask for gradients.
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101).
 
     m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
-    m and v start at 0, so they are too small at first: m_hat = m / (1 - b1^t) takes that out, v_hat likewise. b1 = 0.9
-    averages about 10 gradients; eps = 1e-8 only prevents 0/0.
+    m_hat = m / (1 - b1^t) and v_hat likewise make up for the start at 0.
     """
     # Q: Why Adam and not plain gradient descent?
-    # A: Gradients of different weights differ by orders of magnitude: a frequent character's row and a rare one's, the
+    # A: Gradients of different weights differ by orders of magnitude: a frequent token's row and a rare one's, the
     #    first layer's and the last's. Dividing by sqrt(v), a weight's own typical gradient, gives all of them steps of
     #    size lr. The price is memory: m and v are 8 bytes per parameter in float32, twice the weights.
-    params = [p for p in model.parameters() if p.requires_grad]
-    # Decay pulls weights towards 0. That suits matrices, whose scale is free; a norm's gain belongs near 1 and a bias
-    # has nothing to shrink. Both are vectors: the number of axes tells them apart.
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    # lr 3e-3 and weight_decay 0.1 take 3e-4 of a weight per step at most; over 2,000 steps of a cosine decay alone
-    # shrinks it to 0.72 of its size.
-    # Trap: adding the decay to the gradient (Adam with L2). It is then divided by sqrt(v) too, and the weights with
-    # large gradients hardly decay: the W in AdamW.
-    # fused: one kernel for the whole update instead of a dozen small operations per parameter, on CPU as well.
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=fused)
+    # Decay pulls weights towards 0. That suits matrices, not gains, which belong near 1, nor biases: both are vectors.
+    # 0.1 is GPT-3's value. Trap: adding decay to the gradient (Adam with L2): it is then divided by sqrt(v) as well,
+    # and weights with large gradients hardly decay: the W in AdamW.
+    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.1),
+              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
+    # fused: one kernel for the whole update instead of a dozen small operations per parameter.
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=cfg.device != "mps")
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, loss_fn):
-    """-> {"val_loss": nats per counted token over the WHOLE split}. Draws nothing from the training's randomness."""
-    # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many such looks is a
-    # lucky one. Trap: taking the batches from the training generator: looking more often changes the training.
-    rank, world = ranks()
-    device = next(model.parameters()).device
-    model.eval()  # dropout off
-    # Rank r takes batches r, r + world, ... A training step costs about three forward passes, so 146 validation batches
-    # every 250 steps (decoder_only.py's default) add a fifth to the run. Sums and counts travel, not means: the last
-    # batch is smaller. Outside train()'s autocast: validation runs in the dtype of the weights.
-    totals = torch.zeros(2, device=device)
-    for start in range(rank * cfg.batch_size, len(data[0]), world * cfg.batch_size):
-        batch = prepare(tuple(part[start:start + cfg.batch_size] for part in data), seeded(0, start))
-        loss_sum, count, _ = loss_fn(model, tuple(part.to(device) for part in batch), cfg)
-        totals += torch.stack((loss_sum, count))                               # (2)
-    if world > 1:
-        dist.all_reduce(totals)
-    return {"val_loss": (totals[0] / totals[1]).item()}
+def evaluate(model, data, cfg):
+    """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
+    # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
+    model.eval()  # dropout, where there is any, is off
+    batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
+    loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
+    return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
 
 
-# Q: A program can be killed at any moment, also in the middle of writing its checkpoint. What is on the disk then?
-# A: With open(path, "w"), half a file, and the previous good one is gone. With the function below always a whole one.
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, then rename it: one operation for the file system."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # always the same name: a killed run leaves one behind at most
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # first the bytes on the disk, then the name: a power cut may come in between
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def out_folder(cfg):
-    """-> Path of --out, made now: a folder that cannot be made should end the run before the work, not behind it."""
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        sys.exit(f"error: --out {cfg.out}: {problem}")
-    return Path(cfg.out)
-
-
-def save_checkpoint(path, model, optimizer, step, cfg, extra):
-    """Everything that decides how training goes on. extra: plain data kept with it (tokenizer, data hash, metrics)."""
-    # `model` is the plain module, never the wrapper of DDP or torch.compile: their prefixes ("module.", "_orig_mod.")
-    # would end up in the names, and the file would load nowhere else.
-    state = {"script": Path(__file__).stem, "step": step, "config": dataclasses.asdict(cfg), "extra": extra,
-             "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. A missing, damaged or foreign file ends the program and is named."""
-    try:
-        # torch.load reads flipped bits in a weight without complaint. Its file is a zip archive, and zip keeps a CRC-32
-        # of every member: testzip() compares them all and returns the name of the first bad one.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("checksum differs")
-        # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"error: there is no checkpoint {path}")
-    except Exception as problem:  # zip, pickle and torch each have their own kinds; all of them mean the same here
-        sys.exit(f"error: {path} is damaged or not a checkpoint ({' '.join(str(problem).split())[:200]})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        sys.exit(f"error: {path} was not written by {Path(__file__).name}")
-    return state
-
-
-def load_checkpoint(path, model, optimizer, cfg):
-    """Fill model and optimizer (None: the model alone) from a file. -> (step, extra). Wrong shapes are named."""
-    state = read_checkpoint(path)
-    try:
-        model.load_state_dict(state["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as problem:
-        sys.exit(f"error: {path} does not fit this model: {' '.join(str(problem).split())}")
-    return state["step"], state["extra"]
-
-
-def recorded_config(cfg, recorded, free):
-    """cfg with all but the `free` fields as recorded (a dict). A field that was set to something else is refused."""
-    if set(recorded) != {field.name for field in dataclasses.fields(cfg)}:
-        sys.exit("error: the checkpoint was made by another version of this script: its settings have other names")
-    for field in dataclasses.fields(cfg):
-        mine, theirs = getattr(cfg, field.name), recorded[field.name]
-        # "auto" asks for nothing in particular: it takes what the run found.
-        asked = mine != "auto" and (mine != field.default or field.name in getattr(cfg, "given", ()))
-        if field.name not in free and asked and mine != theirs:
-            sys.exit(f"error: the checkpoint was made with {field.name} = {theirs!r}, not {mine!r}; "
-                     f"leave the flag out, or start a new run")
-    return dataclasses.replace(cfg, **{name: value for name, value in recorded.items() if name not in free})
-
-
-@contextlib.contextmanager
-def polite_interrupt():
-    """-> a list that is empty until Ctrl-C is pressed. A second Ctrl-C ends the program at once, as ever."""
-    pressed = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, before)))
-    try:
-        yield pressed
-    finally:  # whatever ended the run: in a notebook the process lives on, and its stop button should work
-        signal.signal(signal.SIGINT, before)
+def save_checkpoint(path, **state):
+    """Write beside `path`, then rename: if killed or out of disk, `path` still is a complete file, old or new."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 # Q: How much arithmetic is one training step?
-# A: About 6 operations per parameter and token: 2 forward, 4 backward. 0.8 M parameters and 768 tokens: 4 GFLOP; GPT-2
-#    124M with 0.49 M tokens a step 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
-def train(model, cfg, train_data, val_data, loss_fn, extra=None, after_step=None, guess=None):
-    """Train for cfg.max_steps optimizer steps. -> {"val_loss", "history", "seconds", "tokens_per_second"}.
+# A: About 6 operations per parameter and token (2 forward, 4 backward), attention scores not counted. GPT-2 124M with
+#    0.49 M tokens a step: 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.
+def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda: None):
+    """Train to cfg.max_steps, from `state` (a checkpoint) on if given. -> history, a list of dicts.
 
-    extra goes into the checkpoint; after_step(step) is called after every step; guess says what an untrained model
-    loses (None: ln V). Ctrl-C finishes the step (torchrun: up to ten steps), saves, and exits with 130. A loss that is
-    not finite ends the run, names the step, and leaves the last good checkpoint alone.
+    spec: what rebuilds the tokenizer, kept in the checkpoint. Ctrl-C finishes the step, saves and exits. Raises
+    ValueError if the loss is not finite; the last checkpoint is then kept.
     """
-    rank, world = ranks()
-    device = next(model.parameters()).device
-    if cfg.batch_size % world:
-        sys.exit(f"error: --batch-size {cfg.batch_size} cannot be dealt out to {world} processes")
-    # --- get ready: optimizer, state of an earlier run, wrappers
-    # batch_size counts the rows of all ranks: 64 rows on 8 GPUs are 8 each, the same step and the same lr.
-    path, extra, share = Path(cfg.out) / "ckpt.pt", extra or {}, cfg.batch_size // world
-    optimizer = make_optimizer(model, cfg)
-    params = [p for p in model.parameters() if p.requires_grad]
-    step, history = 0, []
-    if cfg.resume:
+    optimizer, done, history = make_optimizer(model, cfg), 0, []
+    if state:
         # Trap: saving weights without the optimizer. Symptom: the loss jumps after every resume, since Adam's averages
         # start empty while the learning rate does not.
-        step, saved = load_checkpoint(path, model, optimizer, cfg)
-        history, extra = saved["history"], saved | (extra or {})  # what the caller goes on filling stays his object
-    net = model  # net is what runs, model is what is saved and evaluated; both hold the same weights
-    if cfg.compile:
-        if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            net = torch.compile(net)
-        else:
-            print("--compile: no C++ compiler found; going on without")
-    # Q: What does data parallel training share, and when?
-    # A: Each rank holds all weights and takes 1/world of the rows. During backward() the gradients are averaged, so
-    #    every optimizer makes the same update and the weights stay equal without ever being sent.
-    if world > 1:  # DDP averages gradients over the ranks while backward() is still running
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)  # buffers are constants here
-    # Q: Why is there no GradScaler?
-    # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits. float16
-    #    is the one that needs scaling: below 6e-5 it loses digits, below 6e-8 everything.
-    amp = torch.autocast(device.type, torch.bfloat16,
-                         enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"))
-    before = history[-1] if history else {"seconds": 0.0, "tokens": 0}
-    began, busy, tokens, recent = time.perf_counter(), 0.0, 0, []
-    bar = tqdm(total=cfg.max_steps, initial=step, disable=None if rank == 0 else True, desc="train", mininterval=0.5)
-
-    # --- the loop: everything up to bar.update() is training, what follows is looking, telling and saving
-    with polite_interrupt() as stop:
-        while step < cfg.max_steps:
-            clock = time.perf_counter()
-            # Set, not stepped: a scheduler object would be one more state to save and to get wrong on resume.
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, cfg)
-            # Dropout draws from the global generator. Seeding that per step (and rank: other rows, other noise) makes
-            # dropout a function of the step as well.
-            torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
-            batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
-            batch = prepare(batch, seeded(cfg.seed + 1, step))
-            if not model.training:  # evaluate() and generate() switch to eval mode
-                net.train()
-            # GPT-2 124M: 40 micro-steps of 12 rows of 1,024 tokens. All 480 rows at once would give the same gradient
-            # and need 40 times the activations, about 590 GB.
-            totals = torch.zeros(2, device=device)
-            for micro in range(cfg.grad_accum):
-                first = micro * cfg.batch_size + rank * share  # this rank's rows of this micro-step
-                part = tuple(t[first:first + share].to(device, non_blocking=True) for t in batch)
-                # Ranks need each other's gradients once per step, after the last micro-step, not after each: for GPT-2
-                # 124M an exchange is 0.5 GB, and 39 of 40 are saved.
-                last = micro == cfg.grad_accum - 1
-                with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                    with amp:
-                        loss_sum, count, _ = loss_fn(net, part, cfg)
-                    loss_sum.backward()
-                totals += torch.stack((loss_sum.detach(), count))                  # (2)
-            if world > 1:
-                dist.all_reduce(totals)
-            # Q: Why not average the micro-batches' mean losses?
-            # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
-            #    the short one's tokens 9 times as much. Here each backward() added a SUM of token losses into .grad;
-            #    dividing by the tokens of the whole step gives the gradient of the mean over all of them, however they
-            #    were split. (x world: DDP has divided by the number of ranks.)
-            grads = [p.grad for p in params if p.grad is not None]
-            mean = world / totals[1]
-            norm = nn.utils.get_total_norm(grads) * mean
-            # Clipping: g *= min(1, grad_clip / |g|), |g| over all weights together. Adam bounds the step anyway; what
-            # one huge gradient would spoil is v, and with it the next 1 / (1 - beta2) = 100 updates.
-            # Division and clipping in one multiplication, one pass over the gradients instead of two.
-            torch._foreach_mul_(grads, mean * (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # None and not zeros: saves two passes over memory
-            step, tokens = step + 1, tokens + batch[0].numel()
-            recent.append(torch.stack((totals[0], totals[1], norm)))               # (3)
-            bar.update()
-
-            # final: the last step. seen: a step with evaluation. look: a step whose numbers are read. done: Ctrl-C.
-            # Reading a number means waiting until the GPU has computed it: we look every 10 steps, not at each.
-            final, seen = step == cfg.max_steps, step % cfg.eval_every == 0 or step == cfg.max_steps
-            look = step % 10 == 0 or step == 1 or seen or step % cfg.save_every == 0
-            done = bool(stop) and world == 1
-            if world > 1 and look:  # ranks must leave the loop after the same step, or the others wait forever: vote
-                votes = torch.tensor(float(bool(stop)), device=device)
-                dist.all_reduce(votes)
-                done = bool(votes > 0)
-            if look or done:
-                sums = torch.stack(recent).cpu()                                   # (R, 3)
-                # One row per step since the last look; the first that is not finite has already spoiled the weights, so
-                # stop, and do not save over the good checkpoint.
-                bad = (~sums.isfinite().all(1)).nonzero()
-                if len(bad):
-                    worst = step - len(recent) + int(bad[0]) + 1
-                    sys.exit(f"error: loss or gradient is not finite at step {worst}; the last checkpoint is kept. "
-                             f"A lower --lr or --grad-clip may help")
-                # What the columns tell. loss: training loss over the steps since the last line. grad_norm: before
-                # clipping; a sudden tenfold is the first sign of a run about to diverge. lr: what the last update used.
-                # tokens: seen in all. seconds: wall time in all, with evaluations, over all resumes. val_loss: on
-                # evaluation steps.
-                row = {"step": step, "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(), "lr": lr_at(step - 1, cfg),
-                       "grad_norm": sums[-1, 2].item(), "tokens": before["tokens"] + tokens}
-                recent = []
-            busy += time.perf_counter() - clock  # time in steps alone; evaluations and checkpoints are not counted
-            if look or done:
-                if step == 1:
-                    V = cfg.vocab_size
-                    uniform = guess or f"a uniform guess over {V:,} tokens costs ln V = {math.log(V):.4f}"
-                    tqdm.write(f"step     1: train {row['loss']:.4f}   {uniform}")
-                if seen:
-                    row |= evaluate(model, val_data, cfg, loss_fn)
-                    if not math.isfinite(row["val_loss"]):
-                        sys.exit(f"error: the validation loss at step {step} is not finite; the checkpoint is kept")
-                    tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}   "
-                               f"{tokens / busy:,.0f} tokens/s")
-                history.append(row | {"seconds": round(before["seconds"] + time.perf_counter() - began, 3)})
-                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            # Weights, m and v: 12 bytes per parameter, 9.7 MB for 0.8 million, 1.5 GB for 124. Rank 0 alone writes.
-            if rank == 0 and (final or done or step % cfg.save_every == 0):
-                save_checkpoint(path, model, optimizer, step, cfg, {**extra, "history": history})
-                # The history in the checkpoint is the true one; this file is a copy of it for people and plots. Were it
-                # appended to line by line, a killed run would leave lines that no checkpoint knows.
-                lines = "".join(json.dumps(row) + "\n" for row in history)
-                write_atomically(path.with_name("metrics.jsonl"), lambda file, lines=lines: file.write(lines.encode()))
-            if done:
-                bar.close()
-                print(f"interrupted: step {step} is saved in {path}; --resume goes on from there", file=sys.stderr)
-                sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
-            if after_step:
-                after_step(step)
-    bar.close()
-    return {"val_loss": next(row["val_loss"] for row in reversed(history) if "val_loss" in row), "history": history,
-            "seconds": before["seconds"] + time.perf_counter() - began,
-            "tokens_per_second": tokens / busy if busy else None}
+        optimizer.load_state_dict(state["optimizer"])
+        done, history = state["step"], state["history"]
+    stop = []  # Ctrl-C only leaves a mark here, so that no step is cut in half; a second Ctrl-C ends at once
+    before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
+    began, recent = time.perf_counter() - (history[-1]["seconds"] if history else 0), []
+    bar = tqdm(range(done + 1, cfg.max_steps + 1), "train", cfg.max_steps, initial=done, mininterval=0.5)
+    for step in bar:
+        model.train()  # evaluate and after_save switch dropout off
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step - 1, cfg)  # set, not stepped: a scheduler would be one more state to save
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step too
+        batch = get_batch(train_data, cfg.batch_size * cfg.grad_accum, cfg.seed, step)
+        # Q: Why divide sums of losses by the tokens of the whole step, and not average the micro-batches' means?
+        # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
+        #    the short one's tokens 9 times as much. Symptom: trading batch_size for grad_accum changes the loss.
+        count, loss = (batch[-1] != IGNORE).sum().clamp(min=1), 0.0
+        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations.
+        for micro in zip(*(t.split(cfg.batch_size) for t in batch), strict=True):
+            # Q: Why is there no GradScaler?
+            # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits.
+            #    float16 is the one that needs scaling: below 6e-5 it loses digits, below 6e-8 everything.
+            with torch.autocast("cuda", torch.bfloat16, enabled=cfg.device.startswith("cuda")):
+                share = compute_loss(model, *(t.to(cfg.device) for t in micro)) / count
+            share.backward()  # adds into .grad: the micro-steps' gradients add up
+            loss += share.detach()
+        # Clipping: g *= min(1, 1 / |g|), |g| over all weights together. Adam bounds the step anyway; what one huge
+        # gradient would spoil is v, and with it about the next 1 / (1 - beta2) updates.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss)
+        # Reading a number waits until the GPU has computed it, so it is done at every 10th step only.
+        evaluating = step % cfg.eval_every == 0 or step in (1, cfg.max_steps)
+        if not (evaluating or stop or step % 10 == 0):
+            continue
+        row = dict(step=step, loss=torch.stack(recent).mean().item(), seconds=time.perf_counter() - began)
+        recent = []
+        if evaluating:
+            row["val_loss"] = evaluate(model, val_data, cfg)
+            tqdm.write(f"step {step:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}")
+        if not math.isfinite(row["loss"] + norm.item() + row.get("val_loss", 0)):
+            raise ValueError(f"the loss is not finite at step {step}, try a lower --lr; the checkpoint is kept")
+        history.append(row)
+        if evaluating or stop:
+            save_checkpoint(Path(cfg.out, "ckpt.pt"), config=dataclasses.asdict(cfg), tokenizer=spec, step=step,
+                            history=history, model=model.state_dict(), optimizer=optimizer.state_dict())
+            after_save()
+        if stop:
+            sys.exit(f"interrupted: step {step} is saved, --resume continues from there")
+    signal.signal(signal.SIGINT, before)
+    return history
 
 
 # --- 6. Decoding: from distributions to text -------------------------------------------------------------------------
-# A language model gives a distribution over the next token. What to do with it is a choice made outside the model:
-#     greedy       take the likeliest. Exact answers (numbers); open text falls into loops
-#     sampling     draw. temperature sharpens or flattens, top-k and top-p cut the unlikely tail that, drawn from 400
-#                  times, is hit often enough to derail a text
-#     beam search  keep several prefixes, to find a likelier whole than greedy does
-#
+# A language model gives a distribution over the next token. What to do with it is decided outside the model:
+#     greedy       take the likeliest. Good for exact answers; open text falls into loops
+#     sampling     draw. temperature sharpens or flattens; top-k and top-p cut off the unlikely tokens: each is rare,
+#                  but in 400 draws one comes up often enough to derail a text
+
 # The cuts on the distribution [.50 .30 .15 .05]:
-#     temperature 0.5   [.68 .25 .06 .01]   p^(1/0.5), renormalised      temperature 2   [.38 .29 .21 .12]
+#     temperature 0.5   [.68 .25 .06 .01]   p^(1/0.5), renormalized      temperature 2   [.38 .29 .21 .12]
 #     top_k 2           [.62 .38  0   0 ]   top_p 0.8 the same: .50 + .30 reach 0.8     top_p 0.81   [.53 .32 .16  0 ]
 def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
-    # 0 means argmax. Trap: dividing by it, or "greedy" that is really temperature 0.1 and errs now and then.
-    if temperature == 0:
+    if temperature <= 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
         return logits.argmax(-1)                                               # (B)
-    # Dividing before the cut matters for top-p: a hot distribution is flatter, so more tokens are needed to reach p.
-    logits = logits / temperature                                              # (B, V)
-    if top_k > 0:
-        # Tokens that tie with the k-th stay too: more than k may survive, and no order decides among equals.
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]          # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)                   # (B, V)
-    if top_p < 1.0:
-        # Q: What is top-p (nucleus) sampling?
-        # A: Keep the smallest set of tokens whose probability reaches p, and sample among those (Holtzman et al. 2019,
-        #    arXiv 1904.09751). Unlike top-k the set adapts: 1 token after "New Yor", hundreds after "I saw a".
-        probs, order = logits.softmax(-1).sort(-1, descending=True)            # (B, V)
-        # Drop a token when the ones BEFORE it already have p. Trap: comparing the sum that includes the token itself
-        # drops the one that crosses p, and with p = 0.1 possibly all of them.
-        drop = F.pad(probs.cumsum(-1)[:, :-1], (1, 0)) >= top_p                # (B, V)
-        # drop is in sorted order; order says which token each column is: scatter writes it back to the token's column.
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)  # (B, V)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B)
+    # Heat before the cuts: it makes the distribution flatter, so that more tokens are needed to reach p.
+    probs, token = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
+    probs[:, top_k or logits.size(-1):] = 0
+    # Q: What is top-p (nucleus) sampling?
+    # A: Keep the smallest set of tokens whose probability reaches p, and sample among those (Holtzman et al. 2019,
+    #    arXiv 1904.09751). Unlike top-k the set adapts: 1 token after "New Yor", hundreds after "I saw a".
+    # Drop a token when the ones BEFORE it already have p, but never the first. Trap: comparing the sum that includes
+    # the token itself drops the one that crosses p.
+    before = (probs.cumsum(-1) - probs)[:, 1:]                                 # (B, V-1)
+    probs[:, 1:][before >= top_p * probs.sum(-1, keepdim=True)] = 0
+    return token.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]  # (B)
 
 
-# differs from decoder_only.py: K key/value heads instead of H, and tokens that leave the context are dropped
-# While writing, the tokens of the past never change, and neither do their keys and values:
-#
+# Nothing looks ahead, so keys and values of past tokens never change and can be kept:
 #     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
-#     one token    q k v of 1 token; q meets P+1 keys                k v --> column P
+#     one token    q k v of 1 token; q meets all keys so far         k v --> one column more
 class KVCache:
-    """Keys and values of the tokens seen so far, for all layers, in buffers that are allocated once.
-
-    keys, values (L, B, K, max_len, D); mask (B, max_len) bool, True = real token; length = P, the columns in use;
-    dropped: how many real tokens of each row have left, (B, 1); 0 before the first has.
-    """
+    """Keys and values of the tokens so far: {attention module: (2, B, H, size, D)}, of which `length` are set."""
 
     # Q: What does the KV cache save, and what does it cost?
-    # A: Without it, token n+1 recomputes all n tokens before it: n^2 work for n tokens. The cost is memory: 2 * L * K *
-    #    D numbers a token. Llama-3.1-8B with its 131,072 tokens: 16 GiB in bfloat16, as much as the weights.
-    def __init__(self, cfg, rows, max_len, like):
-        shape = (cfg.n_layer, rows, cfg.n_kv_head, max_len, cfg.head_size)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.mask = torch.ones(rows, max_len, dtype=torch.bool, device=like.device)
-        self.length, self.padded, self.dropped = 0, False, 0
+    # A: Without it, token n+1 recomputes all n tokens before it: n^2 / 2 token passes for n tokens. It costs
+    #    2 numbers per layer, head and D: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
+    def __init__(self, size):
+        self.layers, self.length, self.size = {}, 0, size
 
-    def update(self, layer, k, v):
-        """Write k, v (B, K, T, D) behind the past of one layer. -> all keys and values so far, (B, K, S, D) each."""
-        # Into place, not torch.cat: appending by copying moves the whole past for every new token.
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, K, S, D)
-
-    def drop_oldest(self, count):
-        """Forget the first `count` columns; the others move to the front and keep their angles."""
-        # Q: Why may cached keys move, when GPT-2 has to read its context again?
-        # A: GPT-2's position is in the key, learned for exactly that place. A rotated key meets a rotated query, and
-        #    only the difference of their angles counts: the columns move, the angles stay, distances stay right.
-        #    It is not the same as reading the rest again: above the first layer, keys and values were made while the
-        #    old tokens could still be seen. Trap: published models lean on their first tokens ("attention sinks", Xiao
-        #    et al. 2023, arXiv 2309.17453) and get worse without them; StreamingLLM keeps the first four.
-        self.dropped = self.dropped + self.mask[:, :count].sum(1, keepdim=True)  # (B, 1)
-        for tensor in (self.keys, self.values):
-            tensor[:, :, :, :-count] = tensor[:, :, :, count:].clone()
-        self.mask[:, :-count] = self.mask[:, count:].clone()
-        self.mask[:, -count:] = True
-        self.length -= count
+    def append(self, layer, k, v):
+        """k, v (B, H, T, D) of the new tokens, H heads of keys -> both of all tokens, (2, B, H, S, D)."""
+        if layer not in self.layers:  # room for all tokens: growing with torch.cat would copy the past every time
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(3))
+        kv, end = self.layers[layer], self.length + k.size(2)
+        kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
+        return kv[:, :, :, :end]                                               # (2, B, H, S, D)
 
 
-# generate() and beam_search() know no architecture. They ask for three things, which every model defines for itself:
-# prefill (read the prompt), decode_step (append one token), reorder (choose rows); `state` is whatever those need.
-def prefill(model, ids, mask, max_len):
-    """Read the prompts in one pass. ids (B, T), mask (B, T) bool or None -> (logits (B, V) behind each end, cache).
-
-    A prompt longer than the context keeps its last block_size tokens.
-    """
-    if ids.size(1) == 0:
-        raise ValueError("an empty prompt: there is nothing that the next token could follow")
-    if mask is not None and bool(mask.all()):
-        mask = None
-    if mask is not None:
-        # Move all pads to the left: then every row ends in its last real token, and new tokens join on there.
-        order = mask.int().argsort(dim=1, stable=True)                         # (B, T)
-        ids, mask = ids.gather(1, order), mask.gather(1, order)[:, -model.cfg.block_size:]
-    ids = ids[:, -model.cfg.block_size:]
-    cache = KVCache(model.cfg, len(ids), min(max_len, model.cfg.block_size), like=model.lm_head.weight)
-    x = model.hidden(ids, mask, cache)[:, -1]                                  # (B, C)
-    # For decode_step: the weights themselves, looked up once (references, no copies).
-    cache.weights = [tuple(parameter.detach() for parameter in layer.parameters()) for layer in model.model.layers]
-    return model.lm_head(x), cache  # V logits for B positions and not for B*T
-
-
-def times(x, weight):
-    """x (R, in) and weight (out, in) -> x weight^T (R, out): nn.Linear for the few rows of decoding."""
-    # CPU libraries split a product along the rows of its first factor, and 1 row or 4 beams are too few to split.
-    # (W x^T)^T is the same product with W in that place. It wants a matrix: a lone row is doubled, which costs little,
-    # since reading W is what takes time.
-    rows = len(x)
-    if rows <= 16 and x.device.type == "cpu":
-        columns = torch.cat((x, x)) if rows == 1 else x
-        return (weight @ columns.t())[:, :rows].t().contiguous()               # (R, out)
-    return F.linear(x, weight)                                                 # (R, out)
-
-
-@torch.inference_mode()
-def decode_step(model, token, cache):
-    """Append one token (B,) per row. -> (logits (B, V), cache). A full context forgets its older half first."""
-    # What model(token[:, None], cache=cache) computes, written out for one token: 12*L + 4 calls of modules (76 for 6
-    # layers) weigh beside the few products of a small model. A test holds the two together.
-    cfg, P = model.cfg, cache.length
-    if P == cfg.block_size:
-        cache.drop_oldest((cfg.block_size + 1) // 2)
-        P = cache.length
-    positions, allowed = torch.full((1,), P, device=token.device), None        # (1)
-    if cache.padded:  # count the real tokens, see Llama.hidden
-        keep = cache.mask[:, :P + 1]                                           # (B, S)
-        positions, allowed = keep.sum(1, keepdim=True) - 1, keep[:, None, None, :]  # (B, 1), (B, 1, 1, S)
-    rope = rope_angles(positions + cache.dropped, model.rope_speed)            # (..., 1, 1, D) each
-
-    def norm(x, weight):
-        return weight * F.rms_norm(x, x.shape[-1:], eps=cfg.norm_eps)          # (B, C)
-
-    x = model.model.embed_tokens(token)                                        # (B, C)
-    for layer, (norm1, q, k, v, o, norm2, gate, up, down) in enumerate(cache.weights):
-        h = norm(x, norm1)                                                     # (B, C)
-        q, k, v = (times(h, w).view(len(x), -1, 1, cfg.head_size) for w in (q, k, v))  # (B, ..., 1, D)
-        q, k = apply_rope(torch.cat((q, k), 1), *rope).split((cfg.n_head, cfg.n_kv_head), 1)  # both in one go
-        k, v = cache.update(layer, k, v)                                       # (B, K, S, D) each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed,
-                                           enable_gqa=cfg.n_kv_head < cfg.n_head)  # (B, H, 1, D)
-        x = x + times(y.flatten(1), o)                                         # (B, C)
-        h = norm(x, norm2)                                                     # (B, C)
-        x = x + times(F.silu(times(h, gate)) * times(h, up), down)             # (B, C)
-    cache.length = P + 1
-    return times(model.model.norm(x), model.lm_head.weight), cache
-
-
-def reorder(cache, rows):
-    """-> the cache whose row i is the old row rows[i]. Beam search copies good rows over bad ones with it."""
-    new = copy.copy(cache)
-    new.keys, new.values = cache.keys.index_select(1, rows), cache.values.index_select(1, rows)
-    new.mask = cache.mask[rows]
-    new.dropped = cache.dropped[rows] if torch.is_tensor(cache.dropped) else 0
-    return new
+@torch.inference_mode()  # like no_grad, and no version counters: a tenth faster
+def next_logits(model, ids, cache):
+    """Logits (B, V) for the token after ids (B, n). cache holds nothing, or all of ids but the last column."""
+    size = model.cfg.block_size
+    if cache.length == size:
+        # All positions are used. Keep the newer half of the context and read it again from position 0: one prefill per
+        # block_size / 2 tokens. Dropping the oldest token alone would need one per token: keys know their positions.
+        cache.layers, cache.length = {}, 0
+        ids = ids[:, -(size // 2 + 1):]
+    return model(ids[:, -size:] if cache.length == 0 else ids[:, -1:], cache)[:, -1]  # (B, V)
 
 
 @torch.no_grad()
-def generate(model, ids, max_new_tokens, *, mask=None, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-             eos_ids=(), pad_id=0, generator=None, on_token=None):
-    """Continue every row of ids (B, T). -> the new ids only, (B, N) with N <= max_new_tokens, pad_id behind an EOS.
+def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos=-1, generator=None,
+             on_token=lambda token: None):
+    """Continue every row of ids (B, T). -> the new ids only, (B, N), N <= max_new_tokens. eos fills a row that ended.
 
-    mask (B, T) bool, True = real token: prompts of different length in one batch, padded on either side.
-    on_token(token (B,)) is called for each new column, for streaming. Puts the model into eval mode.
+    on_token(token (B,)) is called for each new column, for streaming. Leaves the model in eval mode.
     """
+    start, cache = ids.size(1), KVCache(min(model.cfg.block_size, ids.size(1) + max_new_tokens))
     model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
-    # Two speeds: prefill reads the whole prompt in one pass and is bound by arithmetic; each decode_step reads all
-    # weights for one token per row and is bound by memory. That is why a long answer costs more than a long question.
-    logits, state = prefill(model, ids, mask, ids.size(1) + max_new_tokens)
-    B, V = logits.shape
-    out = ids.new_full((B, max_new_tokens), pad_id)
-    done = torch.zeros(B, dtype=torch.bool, device=ids.device)                 # (B)
-    eos = torch.tensor(list(eos_ids), device=ids.device, dtype=ids.dtype)
-    seen = None
-    if repetition_penalty != 1.0:  # which tokens each row has met so far; padding does not count as met
-        seen = torch.zeros(B, V, dtype=torch.int, device=ids.device)           # (B, V)
-        # scatter_add and not scatter: a pad adds 0, and cannot undo the 1 of a real token that has the same id.
-        seen.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int) if mask is None else mask.int())
-    length = 0
-    while length < max_new_tokens:
-        if seen is not None:
-            # A logit has no fixed zero: "weaker" is towards -inf, so positive ones are divided and negative ones
-            # multiplied (Keskar et al. 2019, arXiv 1909.05858, with the sign case that its formula forgot).
-            weaker = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)  # (B, V)
-            logits = torch.where(seen > 0, weaker, logits)                     # (B, V)
-        token = sample_next(logits, temperature, top_k, top_p, generator)      # (B)
-        # A finished row keeps its place in the batch and gets pads; the others go on.
-        token = token.masked_fill(done, pad_id)                                # (B)
-        out[:, length] = token
-        length += 1
-        if on_token is not None:
-            on_token(token)
-        if len(eos):
-            done = done | torch.isin(token, eos)                               # (B)
-            if bool(done.all()):
-                break
-        if seen is not None:
-            seen.scatter_(1, token[:, None], 1)
-        if length < max_new_tokens:  # nobody asks what follows the last token
-            logits, state = decode_step(model, token, state)
-    return out[:, :length]
-
-
-# Probabilities multiply along a text, and 0.5^400 = 1e-120 is 0 in float32; log-probs add up instead. Keep the K best
-# prefixes, try all V sequels of each, keep the K best of those K*V, and put texts that ended aside.
-# K = 2 beams, log-probs added up along the path, the two best of all continuations kept at every step:
-#
-#     prompt --+-- a  -0.6 --+-- b -2.1
-#              |             +-- c -2.3   cut: two others are better
-#              +-- d  -0.9 --+-- e -1.0   the winner begins with the second-best first token: greedy would miss it
-#                            +-- f -4.0   cut
-@torch.no_grad()
-def beam_search(model, ids, max_new_tokens, *, mask=None, num_beams=4, length_penalty=1.0, gnmt=False, eos_ids=(),
-                pad_id=0, n_best=1):
-    """Keep the num_beams best prefixes at every step. -> (ids (B, n_best, N), scores (B, n_best)), best first.
-
-    score = sum of log-probs / length ** length_penalty, the length counting the EOS. gnmt: / ((5 + length) / 6) ** ...
-    instead, which favours length less among short texts (Wu et al. 2016, arXiv 1609.08144, eq. 14). A row stops when
-    its best running beam, scored at its present length, is no better than its worst finished one (Hugging Face's
-    default rule). Raises ValueError if n_best > num_beams.
-    """
-    # Q: Why is the most probable text often a poor one, and the search still used?
-    # A: Open-ended text of highest probability is bland and repeats itself; people do not write likely words only. With
-    #    one right answer (translation, numbers to words) the likeliest text is what you want, and greedy choice can
-    #    lose it: a first word of 0.4 whose best sequel has 0.9 beats a first word of 0.6 with 0.5.
-    if n_best > num_beams:
-        raise ValueError(f"n_best {n_best} is more than num_beams {num_beams}")
-    model.eval()
-    logits, state = prefill(model, ids, mask, ids.size(1) + max_new_tokens)
-    (B, V), K, N = logits.shape, num_beams, max_new_tokens
-    # running = the sum of log-probs of each beam. All K beams of a row start as the same prompt, so all but the first
-    # start at -inf: otherwise step 1 would keep K copies of its best token.
-    running = torch.full((B, K), -math.inf, device=ids.device)                 # (B, K)
-    running[:, 0] = 0.0
-    # Beam k of row b lives in batch row b*K + k.
-    rows = torch.arange(B, device=ids.device).repeat_interleave(K)             # (B*K)
-    logits, state = logits[rows], reorder(state, rows)
-    tokens = ids.new_full((B, K, N), pad_id)                                   # (B, K, N)
-    # Finished texts wait in a pool of their own, sorted, best first; -inf marks an empty place.
-    finished, best = torch.full_like(running, -math.inf), tokens.clone()
-    active = torch.ones(B, dtype=torch.bool, device=ids.device)                # (B)
-    eos = torch.tensor(list(eos_ids), device=ids.device, dtype=ids.dtype)
-    # Each beam can offer at most len(eos) endings, so (1 + len(eos)) * K candidates always hold K that go on.
-    # (At least 2*K, also without an EOS: Hugging Face takes as many, so that results can be compared one to one.)
-    wanted, n = min(max(2, 1 + len(eos)) * K, K * V), -1
-    for n in range(N):
-        norm = ((5 + n + 1) / 6 if gnmt else n + 1) ** length_penalty
-        logp = logits.float().log_softmax(-1).view(B, K, V)                    # (B, K, V)
-        # The continuations of all beams of a row compete for M places. No beam can win more than M, so each sends its
-        # best W = min(M, V) into the final: a list of K*W instead of K*V. The index tells beam and token of a winner.
-        score, token = logp.topk(min(wanted, V))                               # (B, K, W)
-        score, index = (score + running[:, :, None]).flatten(1).topk(wanted)   # (B, M)
-        beam, token = index // token.size(2), token.flatten(1).gather(1, index)  # (B, M)
-        longer = tokens.gather(1, beam[:, :, None].expand(-1, -1, N))          # (B, M, N)
-        longer[:, :, n] = token
-        ends = torch.isin(token, eos) | (n == N - 1)                           # (B, M)
-        # An ending counts only among the K best: at rank K+1 the prefix would have been cut, had it gone on.
-        final = (score / norm).masked_fill(~(ends & active[:, None]), -math.inf)  # (B, M)
-        final[:, K:] = -math.inf
-        # The K finished so far and the M new endings compete for K places: pick says who stays, gather fetches them.
-        finished, pick = torch.cat((finished, final), 1).topk(K)               # (B, K)
-        best = torch.cat((best, longer), 1).gather(1, pick[:, :, None].expand(-1, -1, N))  # (B, K, N)
-        running, pick = score.masked_fill(ends, -math.inf).topk(K)             # (B, K)
-        # Log-probs are negative and add up: the sum only falls. But dividing by a growing length can raise the mean,
-        # so with length_penalty > 0 this stop is a heuristic, and the published one.
-        active = active & (running[:, 0] / norm > finished[:, -1])             # (B)
-        if n == N - 1 or not bool(active.any()):
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)         # (B)
+    # The first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights for one
+    # token per row and is limited by memory: a long answer costs more than a long question.
+    for _ in range(max_new_tokens):
+        token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
+        token = token.masked_fill(ended, eos)                                  # (B)
+        ended = token == eos                                                   # (B)
+        ids = torch.cat((ids, token[:, None]), 1)                              # (B, n)
+        on_token(token)
+        if ended.all():
             break
-        tokens = longer.gather(1, pick[:, :, None].expand(-1, -1, N))          # (B, K, N)
-        # The surviving beams may all stem from one: their caches are copied from the beam that they continue.
-        rows = beam.gather(1, pick) + torch.arange(B, device=ids.device)[:, None] * K  # (B, K)
-        logits, state = decode_step(model, token.gather(1, pick).flatten(), reorder(state, rows.flatten()))
-    return best[:, :n_best, :n + 1], finished[:, :n_best]
+    return ids[:, start:]                                                      # (B, N)
 
 
-# --- 7. Interchange: published weights in and out --------------------------------------------------------------------
-#     model.embed_tokens.weight (V, C)      model.layers.0.self_attn.q_proj.weight (H*D, C)      .k_proj.weight (K*D, C)
-#     model.layers.0.mlp.gate_proj.weight (F, C)     model.layers.0.input_layernorm.weight (C)     lm_head.weight (V, C)
-# Our names are Hugging Face's. Meta's own files (consolidated.00.pth, params.json) name and order things differently.
-META = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# A conversation is one text with marks in it. Each message is
+#     <|start_header_id|>user<|end_header_id|>\n\nWhat is RoPE?<|eot_id|>
+# and the prompt ends behind the assistant's header: an Instruct model then answers, until it writes <|eot_id|>.
+def chat_text(messages, date=""):
+    """[{"role": "system" | "user" | "assistant", "content": text}] -> the prompt for the next answer.
 
-
-# Meta turns neighbours, (0,1), (2,3), ...; we turn (i, i + D/2). The rows of W_q and W_k move, once, at loading:
-#
-#     Meta's rows of a head (D = 8)    a0 b0 a1 b1 a2 b2 a3 b3        plane i = (a_i, b_i)
-#     ours                             a0 a1 a2 a3 b0 b1 b2 b3
-#
-# as a table: 4 rows of 2, read by columns. q and k move alike, so every q.k is what it was.
-def half_split(weight, heads):
-    """Rows of a q or k projection (heads*D, C) from Meta's interleaved order to the half-split one, per head."""
-    out, C = weight.shape
-    return weight.view(heads, out // heads // 2, 2, C).transpose(1, 2).reshape(out, C)
-
-
-def from_meta(tensors, cfg):
-    """Meta's {name: tensor} -> the same under Hugging Face's names, q and k half-split."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name == "rope.freqs":  # old files carry the frequencies
-            continue
-        known = re.fullmatch(r"(?:(layers\.\d+)\.)?(.+)\.weight", name)
-        if not known or known[2] not in META:
-            raise ValueError(f"Llama has no tensor {name}")
-        prefix, part = known.groups()
-        name = f"model.{prefix}.{META[part]}.weight" if prefix else f"{META[part]}.weight"
-        heads = {"attention.wq": cfg.n_head, "attention.wk": cfg.n_kv_head}.get(part)
-        found[name] = half_split(tensor, heads) if heads else tensor
-    return found
-
-
-def config_from_hf(hf):
-    """config.json (a dict) -> Config. Raises ValueError for a model that is not Llama 3 as built here."""
-    # Each of these changes the arithmetic without changing a single shape: better refused than silently wrong.
-    for key, expected in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
-                          ("mlp_bias", False)):
-        if hf.get(key, expected) != expected:
-            raise ValueError(f"config.json says {key} = {hf[key]!r}; this file implements {expected!r} only")
-    # Older files: rope_theta and rope_scaling; newer ones: both in rope_parameters.
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json says rope_type = {kind!r}; this file implements 'default' and 'llama3'")
-    if kind == "llama3" and (rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)) != (1, 4):
-        raise ValueError("config.json: this file implements low_freq_factor 1 and high_freq_factor 4 only")
-    return Config(block_size=hf["max_position_embeddings"], vocab_size=hf["vocab_size"],
-                  n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"], n_embd=hf["hidden_size"],
-                  n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-                  head_size=hf.get("head_dim") or 0, ffn_size=hf["intermediate_size"],
-                  rope_theta=float(rope.get("rope_theta", 10_000.0)),
-                  rope_factor=float(rope["factor"]) if kind == "llama3" else 0.0,
-                  rope_original=rope.get("original_max_position_embeddings", 8192),
-                  norm_eps=hf.get("rms_norm_eps", 1e-6),
-                  tie_weights=hf.get("tie_word_embeddings", False), init_std=hf.get("initializer_range", 0.02),
-                  tokenizer="char")
-
-
-def config_to_hf(cfg):
-    """Config -> the dict of config.json that transformers' LlamaForCausalLM expects."""
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    if cfg.rope_factor:
-        rope |= {"rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": cfg.rope_original}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "max_position_embeddings": cfg.block_size, "vocab_size": cfg.vocab_size, "hidden_size": cfg.n_embd,
-            "intermediate_size": cfg.ffn_size, "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head,
-            "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.head_size, "rms_norm_eps": cfg.norm_eps,
-            "attention_bias": False, "mlp_bias": False, "rope_parameters": rope, "rope_theta": cfg.rope_theta,
-            # Trap: leaving these out. transformers then fills in 1 and 2, which are letters in a model of characters.
-            "bos_token_id": 128000 if cfg.vocab_size == 128256 else None,
-            "eos_token_id": [128001, 128008, 128009] if cfg.vocab_size == 128256 else None,
-            "initializer_range": cfg.init_std, "tie_word_embeddings": cfg.tie_weights}
-
-
-def import_weights(model, tensors):
-    """Fill the model from published tensors {name: tensor}. A missing, unknown or misshapen one raises ValueError."""
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.cfg.tie_weights and "model.embed_tokens.weight" in found:  # a tied head may be stored once or twice
-        found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
-        if not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
-            raise ValueError("config.json says that the head is tied, and lm_head.weight differs from the embedding")
-    # What is missing, then what is unknown; the first one is what helps.
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() ^ found.keys(), key=lambda name: (name == "lm_head.weight", name)):
-        raise ValueError(f"the weights have no tensor {name}" if name in wanted else f"Llama has no tensor {name}")
-    for name, tensor in found.items():
-        if tensor.shape != wanted[name].shape:
-            turned = " (transposed?)" if tensor.shape[::-1] == wanted[name].shape else ""
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}{turned}")
-    model.load_state_dict(found, assign=True)  # takes the tensors themselves: no second copy of the weights
-    if model.cfg.tie_weights:
-        model.lm_head.weight = model.model.embed_tokens.weight  # assigning made them two; one again
-
-
-def export_weights(model):
-    """-> {published name: tensor}, a tied head stored once."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
-
-
-# differs from decoder_only.py: large weights lie in several files (shards), and Meta's stand behind a licence
-def hub_folder(repo):
-    """Fetch a Hugging Face repository into ./data: config, tokenizer, weights. -> the folder. Raises OSError.
-
-    Gated repositories need the licence accepted on their page and a token of that account in $HF_TOKEN.
+    date "" is Llama 3's template. That of 3.1 and later opens with a system message that says the date, "26 Jul 2024".
     """
-    from urllib.parse import urljoin, urlsplit
-
-    import requests
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise FileNotFoundError(f"there is no folder {repo}")
-    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main"
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    target = f"{repo.replace('/', '--')}"
-
-    roots = [Path(root) / target for root in (os.environ.get("LLM_DATA"), "data") if root]
-    root = next((root for root in roots if (root / "config.json").is_file()), roots[-1])  # all files in one place
-
-    def get(name):
-        if (root / name).is_file():  # fetched before: no network needed
-            return root / name
-        # Large files are stored by content: before the hub redirects to its storage it announces their SHA-256.
-        url, announced = f"{base}/{name}", ""
-        for _ in range(5):
-            door = headers if urlsplit(url).netloc == urlsplit(base).netloc else {}  # the token is for the hub alone
-            answer = requests.head(url, timeout=(3, 30), headers=door)
-            if answer.status_code in (401, 403):
-                raise OSError(f"{repo} does not exist or is gated: accept its licence on its page and set HF_TOKEN")
-            answer.raise_for_status()
-            announced = answer.headers.get("x-linked-etag", "").strip('"')
-            if announced or not answer.is_redirect:
-                break
-            url = urljoin(url, answer.headers["location"])
-        return fetch(f"{target}/{name}", url, announced if len(announced) == 64 else "", door)
-
-    folder = get("config.json").parent
-    with contextlib.suppress(requests.HTTPError):  # small, so before the weights; some repositories lack it
-        get("original/tokenizer.model")
-    if not (folder / "model.safetensors.index.json").is_file():
-        with contextlib.suppress(requests.HTTPError):
-            get("model.safetensors")  # one file ...
-            return folder
-    for name in sorted(set(json.loads(get("model.safetensors.index.json").read_text())["weight_map"].values())):
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise ValueError(f"{repo}: {name!r} is no name of a file of weights")
-        get(name)  # ... or an index that names the shards
-    return folder
-
-
-# Q: How much memory does loading an 8B model take?
-# A: 16 GB in bfloat16, its size once. The model is built on the "meta" device (shapes without memory), the files are
-#    mapped (a page is read when it is touched, and can be dropped again), and assign=True puts the mapped tensors into
-#    the model instead of copying them. The usual way (build, load, copy) needs three times that.
-# differs from decoder_only.py: shards, Meta's own layout, and weights that stay in the dtype of the file
-def from_pretrained(path_or_repo):
-    """A folder in Hugging Face or in Meta's layout, or a repository name ("meta-llama/Llama-3.2-1B").
-
-    -> (model in eval mode, its Config). Raises OSError if it cannot be had, ValueError if it is not a Llama.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = Path(path_or_repo) if Path(path_or_repo).is_dir() else hub_folder(path_or_repo)
-    if (folder / "params.json").is_file():
-        if (folder / "consolidated.01.pth").is_file():
-            raise ValueError("Meta's files in several parts (70B) are not read here; take Hugging Face's layout")
-        tensors = torch.load(folder / "consolidated.00.pth", map_location="cpu", weights_only=True, mmap=True)
-        cfg = config_from_meta(json.loads((folder / "params.json").read_text()), tensors)
-        tensors = from_meta(tensors, cfg)
-    else:
-        cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        try:
-            tensors = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
-        except SafetensorError as problem:
-            raise ValueError(f"a file of weights in {folder} is damaged ({problem})") from problem
-    with torch.device("meta"):
-        model = build_model(cfg)
-    import_weights(model, tensors)
-    return model.eval(), cfg
-
-
-def config_from_meta(params, tensors):
-    """Meta's params.json (a dict) and tensors -> Config. F and V are read off the weights."""
-    scaled = params.get("use_scaled_rope", False)
-    head, table = tensors.get("output.weight"), tensors["tok_embeddings.weight"]  # files store a tied head as well
-    return Config(block_size=131072 if scaled else 8192, vocab_size=tensors["tok_embeddings.weight"].size(0),
-                  n_layer=params["n_layers"], n_head=params["n_heads"], n_kv_head=params["n_kv_heads"],
-                  n_embd=params["dim"], ffn_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
-                  # Meta's code stretches by 8 whatever the model; the 1B's and 3B's published config.json say 32.
-                  rope_theta=float(params["rope_theta"]), rope_factor=8.0 if scaled else 0.0,
-                  norm_eps=params["norm_eps"], init_std=0.02,
-                  tie_weights=head is None or torch.equal(head, table))
-
-
-def save_pretrained(model, cfg, path, tokenizer=None):
-    """Write config.json and model.safetensors (and our tokenizer's description): transformers and --load read it."""
-    from safetensors.torch import save
-    files = {"model.safetensors": save(export_weights(model), metadata={"format": "pt"}),  # transformers asks for "pt"
-             "config.json": json.dumps(config_to_hf(cfg), indent=2).encode()}
-    if tokenizer is not None:
-        files["tokenizer_spec.json"] = json.dumps(tokenizer.spec).encode()
-    for name, content in files.items():
-        write_atomically(Path(path) / name, lambda file, content=content: file.write(content))
-
-
-# differs from decoder_only.py: Meta's tokenizer.model, which Hugging Face's repositories keep in original/
-def load_tokenizer(path):
-    """The tokenizer of a folder (tokenizer_spec.json, ours) or of a folder or repository (Meta's tokenizer.model)."""
-    folder = Path(path) if Path(path).is_dir() else hub_folder(str(path))
-    if (folder / "tokenizer_spec.json").is_file():
-        return make_tokenizer(json.loads((folder / "tokenizer_spec.json").read_text()))
-    for name in ("tokenizer.model", "original/tokenizer.model"):
-        if (folder / name).is_file():
-            return make_tokenizer({"kind": str(folder / name)})
-    sys.exit(f"error: --load {path}: there is no tokenizer.model (nor original/tokenizer.model) beside the weights")
-
-
-# --- 8. Main: train, look, tell --------------------------------------------------------------------------------------
-# Q: What fills the memory in training?
-# A: 16 bytes per parameter with plain AdamW (weight, gradient, two moments; 2 GB for GPT-2 124M), and activations
-#    that grow with batch x length (14.7 GB for 12 x 1,024 tokens, half of it logits). Halve batch_size and double
-#    grad_accum: the same step, half of the second part.
-# differs from decoder_only.py: GQA keeps fewer keys and values, SwiGLU more sides of its product
-def memory_gb(cfg, parameters):
-    """{what: GB} that one process needs to train in float32, before any of it is allocated."""
-    tokens, D = cfg.batch_size // ranks()[1] * cfg.block_size, cfg.head_size or cfg.n_embd // cfg.n_head
-    # Kept for the backward pass, per token and layer: input, normed and weighted output of the two norms, the turned q
-    # and what attention returns, the turned k, v, and the four sides of the gate; three rows of V around the loss.
-    kept = 6 * cfg.n_embd + 2 * cfg.n_head * D + 2 * cfg.n_kv_head * D + 4 * cfg.ffn_size
-    kept = cfg.n_layer * kept + 3 * cfg.vocab_size
-    return {"weights": 4e-9 * parameters, "gradients": 4e-9 * parameters, "optimizer": 8e-9 * parameters,
-            "activations": 4e-9 * tokens * kept}
-
-
-def check_memory(cfg, device):
-    """Refuse, with the estimate, what cannot fit on this machine: trying would make it swap and freeze instead."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(cfg).parameters())
-    need, have = memory_gb(cfg, parameters), math.inf
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1] / 1e9  # [1]: all, not the free part; refuse only what can never fit
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # Linux and macOS; Windows does not say
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    if sum(need.values()) > have:
-        parts = ", ".join(f"{name} {size:.1f}" for name, size in need.items())
-        sys.exit(f"error: this needs about {sum(need.values()):.1f} GB ({parts}) and the machine has {have:.1f} GB; "
-                 f"take a smaller --preset, --batch-size or --block-size")
-
-
-def peak_memory_mb(device):
-    """The most memory this process ever held: of the GPU there, of the machine elsewhere. None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # macOS counts bytes, Linux kilobytes
-
-
-# Q: Why exact match and not the share of right tokens?
-# A: Errors multiply: 99 % of tokens right is 0.99^10 = 90 % of names of ten tokens. On about 730 different numbers at
-#    99 % the standard error is 0.4 points, so 99.0 and 99.3 are the same result.
-def exact_match(model, tokenizer, numbers):
-    """Share of numbers whose whole name comes out right, greedily. No credit for nearly: "sixty" for "sixteen" is 0."""
-    device, right = next(model.parameters()).device, 0
-    for start in range(0, len(numbers), 500):
-        part = numbers[start:start + 500]
-        # Prompts of 2 to 7 tokens in one batch: padded on the left, so that all of them end in the same column.
-        prompts = [tokenizer.encode(f"{n}=") for n in part]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (R, T)
-        # 10 = nine words and the newline, the longest name. Trap: 9; the longest ones then never count as right.
-        out = generate(model, ids, 10, mask=ids != 0, eos_ids=tokenizer.eos_ids)  # (R, N)
-        right += sum(tokenizer.decode(row) == number_to_words(n) + "\n"
-                     for row, n in zip(out.tolist(), part, strict=True))
-    return right / len(numbers)
-
-
-# How to read the curve. Both fall together: train longer or larger. Train falls, validation turns up: the model learns
-# the text by heart; more data, more dropout or fewer steps. Stuck at ln V: nothing arrives (a rate of 0, shuffled
-# targets). Stuck at the entropy of the characters, 3.3 for English: the context is ignored, see mask and positions.
-def plot_curve(path, history, title, lines, unit="nats per token"):
-    """Training and validation loss against steps; lines = {label: height} are drawn across (ln V, the floor)."""
-    import matplotlib
-    matplotlib.use("Agg")  # draws into files; no window, so it works on a server
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=120)
-    ax.plot([row["step"] for row in history], [row["loss"] for row in history], lw=1, color="tab:gray", label="train")
-    looks = [row for row in history if "val_loss" in row]
-    ax.plot([row["step"] for row in looks], [row["val_loss"] for row in looks], "o-", ms=4, color="tab:blue",
-            label="validation, whole split")
-    for label, height in lines.items():
-        ax.axhline(height, ls="--", lw=0.8, color="tab:red")
-        ax.text(0.5, height, label, transform=ax.get_yaxis_transform(), ha="center", va="bottom", fontsize=8)
-    ax.set(xlabel="step", ylabel=f"loss, {unit}", title=title)
-    ax.legend()
-    fig.tight_layout()
-    write_atomically(path, lambda file: fig.savefig(file, format="png"))
-    plt.close(fig)
-
-
-def stream(tokenizer):
-    """-> an on_token callback that prints the first row's text while it is written."""
-    ids, shown = [], 0
-
-    def on_token(token):
-        nonlocal shown
-        if int(token[0]) in tokenizer.eos_ids:
-            return
-        ids.append(int(token[0]))
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a BPE token may end inside a UTF-8 character: wait for the rest of it
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    return on_token
-
-
-def check_prompt(tokenizer, prompt):
-    """End the program with one line if this tokenizer cannot read the prompt."""
-    try:
-        if not tokenizer.encode(prompt):
-            sys.exit("error: --prompt: there is nothing in it that this tokenizer can read")
-    except ValueError as problem:
-        sys.exit(f"error: --prompt: {problem}")
-
-
-# differs from decoder_only.py: published Llamas have never seen a text without <|begin_of_text|> in front
-# (one that is trained here on --tokenizer tokenizer.model has never seen it: make_data puts none before its rows)
-def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=None):
-    """Continue `prompt` as cfg says (beams, or temperature / top-k / top-p). -> the new text."""
-    ids = tokenizer.encode(prompt)
-    if isinstance(tokenizer, Llama3Tokenizer):
-        ids.insert(0, tokenizer.special["<|begin_of_text|>"])
-    ids = torch.tensor([ids], device=next(model.parameters()).device)          # (1, T)
-    if cfg.beams > 1:
-        out = beam_search(model, ids, max_new_tokens, num_beams=cfg.beams, length_penalty=cfg.length_penalty,
-                          eos_ids=tokenizer.eos_ids)[0][0]                     # (1, N)
-    else:
-        # A generator of its own: looking at samples during training must not change the training.
-        out = generate(model, ids, max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                       repetition_penalty=cfg.repetition_penalty, eos_ids=tokenizer.eos_ids, on_token=on_token,
-                       generator=torch.Generator(ids.device).manual_seed(cfg.seed))  # (1, N)
-    # EOS ends the text and is no part of it; what follows is padding, and GPT-2's id 0 would print as "!".
-    row = out[0].tolist()
-    return tokenizer.decode(row[:next((i for i, token in enumerate(row) if token in tokenizer.eos_ids), len(row))])
-
-
-# differs from decoder_only.py: other fields make the shape, and the tokenizer may be Meta's
-def load_any(cfg):
-    """--load: our checkpoint (a file, or the run folder around it) or published weights. -> (model, cfg, tokenizer).
-
-    The shape of the model comes from what is loaded, everything else from the command line.
-    """
-    # shape: what the weights were made with; another value does not fit them, or means something else. free: the rest.
-    shape = set("block_size n_layer n_head n_kv_head n_embd head_size ffn_size vocab_size tie_weights rope_theta "
-                "rope_factor rope_original norm_eps tokenizer init_std".split())
-    free = {field.name for field in dataclasses.fields(cfg)} - shape
-    path = Path(cfg.load)
-    path = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path
-    if path.is_file():
-        state = read_checkpoint(path)
-        cfg = recorded_config(cfg, state["config"], free)
-        model = build_model(cfg)
-        load_checkpoint(path, model, None, cfg)
-        return model.eval(), cfg, make_tokenizer(state["extra"]["tokenizer"])
-    try:
-        model, theirs = from_pretrained(cfg.load)
-        tokenizer = load_tokenizer(cfg.load)
-    except Exception as problem:  # json, zip, pickle, safetensors, requests: a foreign file has many ways to be wrong
-        sys.exit(f"error: --load {cfg.load}: no run, no checkpoint and no Llama folder or repository "
-                 f"({' '.join(str(problem).split())[:200]})")
-    if "block_size" in getattr(cfg, "given", ()):  # RoPE has no table of positions: a shorter context always fits
-        theirs.block_size = min(theirs.block_size, cfg.block_size)
-    # Fewer tokens than rows is usual (padded tables); more would index behind the end.
-    if tokenizer.n_vocab > theirs.vocab_size:
-        sys.exit(f"error: --load {cfg.load}: {theirs.vocab_size} tokens in the weights, {tokenizer.n_vocab} in the "
-                 f"{tokenizer.spec['kind']} tokenizer; they do not belong together")
-    theirs.tokenizer = {"gpt2": "gpt2", "llama3": "tokenizer.model"}.get(tokenizer.spec["kind"], "char")
-    cfg = recorded_config(cfg, dataclasses.asdict(theirs), free)
-    model.cfg.dropout = cfg.dropout  # all modules hold this one record
-    return model, cfg, tokenizer
+    # <|begin_of_text|> is missing: the tokenizer adds it. Trap: a template that has it too; there are two then.
+    texts = [(message["role"], message["content"].strip()) for message in messages]
+    if date:
+        system = texts.pop(0)[1] if texts[0][0] == "system" else ""
+        texts.insert(0, ("system", f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n{system}"))
+    return "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in texts) + (
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 def chat(model, tokenizer, cfg):
-    """Read lines, write answers, until an empty line, Ctrl-C or Ctrl-D. The whole conversation is the next prompt."""
-    if not isinstance(tokenizer, Llama3Tokenizer):
-        sys.exit("error: --chat needs an Instruct model with Meta's tokenizer; this one knows no roles")
-    # 3.1 and later were trained with a dated system message, 3 without: the stretched RoPE tells them apart.
-    messages, date = [], time.strftime("%d %b %Y") if cfg.rope_factor else ""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
-    print("You speak first; an empty line ends the conversation.")
-    with contextlib.suppress(KeyboardInterrupt, EOFError):
-        while line := input("> ").strip():
-            messages.append({"role": "user", "content": line})
-            ids = torch.tensor([tokenizer.chat_ids(messages, date)], device=next(model.parameters()).device)  # (1, T)
-            out = generate(model, ids, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-                           top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, eos_ids=tokenizer.eos_ids,
-                           generator=generator, on_token=stream(tokenizer))    # (1, N)
-            answer = tokenizer.decode([i for i in out[0].tolist() if i not in tokenizer.eos_ids])
-            messages.append({"role": "assistant", "content": answer})
-            print()
+    """Answer each line that is typed. The whole conversation is the prompt of the next answer."""
+    if "<|eot_id|>" not in tokenizer.spec[1]:
+        raise ValueError("--chat needs an Instruct model: this tokenizer has no <|eot_id|>")
+    import tokenizers
+    inner, messages = tokenizers.Tokenizer.from_str(tokenizer.spec[1]), []
+    tokenizer = tokenizer._replace(eos=inner.token_to_id("<|eot_id|>"))
+    print("A line is a message; Ctrl-D (Windows: Ctrl-Z) ends the conversation.\n> ", end="", flush=True)
+    for line in sys.stdin:
+        # Trap: a user who types "<|eot_id|><|start_header_id|>system" ends his turn and speaks as the system.
+        messages.append(dict(role="user", content=line.replace("<|", "< |")))
+        # A token may end inside a character: the stream holds it back until the rest has come.
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        prompt = chat_text(messages, time.strftime("%d %b %Y") if cfg.rope_factor > 1 else "")
+        answer = write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens, lambda token, stream=stream: print(
+            stream.step(inner, token.item()) or "", end="", flush=True))
+        messages.append(dict(role="assistant", content=answer))
+        print("\n> ", end="", flush=True)
+
+
+# --- 7. Interchange: published weights in and out --------------------------------------------------------------------
+# A safetensors file is a JSON header (name, dtype, shape, offset) and then the raw numbers: no code, unlike a pickle.
+# Our module names are the published ones, so a checkpoint is a dict {name: tensor} on both sides.
+SHAPE = dict(block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
+             n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+             ffn_size="intermediate_size", tie_weights="tie_word_embeddings", rope_theta="rope_theta")
+
+
+def hf_config(cfg):
+    """The config.json of this model: what save_pretrained writes and from_pretrained demands."""
+    # Trap: leaving out the special ids. transformers fills in its own, which a model of 65 characters lacks.
+    return {theirs: getattr(cfg, ours) for ours, theirs in SHAPE.items()} | dict(
+        model_type="llama", head_dim=cfg.n_embd // cfg.n_head, hidden_act="silu", rms_norm_eps=1e-5, bos_token_id=None,
+        eos_token_id=None, rope_scaling=None if cfg.rope_factor == 1 else dict(
+            rope_type="llama3", factor=cfg.rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8192))
+
+
+# Fields of a config.json that do not change the arithmetic. Any other one that hf_config does not know is refused.
+HARMLESS = ("architectures|.*_p?drop(out)?|.*_token_id|summary_.*|(torch_)?dtype|n_ctx|initializer_range|use_cache|"
+            "n_special|output_past|predict_special_tokens|pretraining_tp|transformers_version|_.*|task_.*|unsloth_.*")
+
+
+# Q: How do you know that published weights arrived right?
+# A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of 768 products in
+#    another order round differently. Reading the text proves little: with a slightly wrong formula it still reads well.
+#
+# Q: How much memory does an 8B model take?
+# A: 16 GB in bfloat16. It is built on the "meta" device (shapes without memory), and assign=True fills in tensors that
+#    are mapped from the file, read when they are touched. Build, load, copy takes three times that, and training 16
+#    bytes a weight: weights, gradients and two moments in float32.
+def from_pretrained(name):
+    """A folder in Hugging Face layout, or a repository on its hub -> the model in eval mode.
+
+    Raises OSError if it cannot be found, ValueError if this file does not implement it, RuntimeError for a missing,
+    unknown or misshapen tensor. model.folder is where its files are.
+    """
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file
+    folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Old files have rope_theta and rope_scaling, new ones put both into rope_parameters; each may stand in either.
+    rope = dict(rope_type="default", rope_theta=hf.get("rope_theta", 1e4))
+    rope |= (hf.pop("rope_parameters", None) or {}) | (hf.get("rope_scaling") or {})
+    hf |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if rope != dict(rope_type="default") else None)
+    cfg = Config(rope_factor=rope.get("factor", 1.0), **{ours: hf[theirs] for ours, theirs in SHAPE.items()})
+    for key, value in hf.items():
+        # A wrong epsilon changes no shape: better refused than silently wrong. None and False mean "not used".
+        if value not in (hf_config(cfg).get(key, False), None) and not re.fullmatch(HARMLESS, key):
+            raise ValueError(f"config.json says {key} = {value!r}, which this file does not implement")
+    tensors = {key: tensor for file in sorted(folder.glob("model*.safetensors"))
+               for key, tensor in load_file(file).items() if not (cfg.tie_weights and key == "lm_head.weight")}
+    with torch.device("meta"):
+        model = Llama(cfg)
+    model.load_state_dict(tensors, assign=True)
+    model.folder = folder
+    return model.to(tensors["model.embed_tokens.weight"].dtype).eval()  # one dtype; some files keep norms in float32
+
+
+def save_pretrained(model, folder):
+    """Write config.json and model.safetensors (in parts of 5 GB), which transformers and from_pretrained read. --load
+    needs a tokenizer.json beside them."""
+    from huggingface_hub import save_torch_state_dict
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "config.json").write_text(json.dumps(hf_config(model.cfg)), encoding="utf-8")
+    save_torch_state_dict(model.state_dict(), folder)
+
+
+# --- 8. Main: train, look at the result, report ----------------------------------------------------------------------
+# How to read the curve. Both fall together: train longer or larger. Validation turns up: the model learns the text by
+# heart; more data or fewer steps. Stuck at chance, ln V for tokens: nothing arrives (a rate of 0, shuffled targets).
+# Stuck at the entropy of single tokens: the context is ignored, check mask and positions.
+def plot_curve(path, history, title):
+    from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
+    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="step", ylabel="loss, nats per target", title=title)
+    for key, style, label in (("loss", "-", "training batches"), ("val_loss", "o-", "validation, whole split")):
+        rows = [row for row in history if key in row]
+        ax.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label)
+    ax.legend()
+    figure.savefig(path)
+
+
+# differs from decoder_only.py: no beams
+def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda token: None):
+    """Continue `prompt` as cfg says: temperature, top-k and top-p. -> the new text."""
+    ids = torch.tensor([tokenizer.encode(prompt)], device=cfg.device)          # (1, T)
+    # A generator of its own: looking at samples during training must not change the training.
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    new = generate(
+        model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator, on_token)[0].tolist()
+    return tokenizer.decode([token for token in new if token != tokenizer.eos and token < tokenizer.n_vocab])
+
+
+def load(cfg):
+    """What --resume or --load names -> (model, tokenizer, checkpoint to resume or None). Raises ValueError if none."""
+    path = Path(cfg.out if cfg.resume else cfg.load, "" if Path(cfg.load).is_file() and not cfg.resume else "ckpt.pt")
+    try:
+        if cfg.resume or path.is_file():
+            # weights_only: a pickle may run any code when opened; this refuses everything but tensors and plain data.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            model = Llama(Config(**state["config"]))
+            model.load_state_dict(state["model"])
+            return model.to(cfg.device), make_tokenizer(*state["tokenizer"]), state if cfg.resume else None
+        model = from_pretrained(cfg.load).to(cfg.device)
+        return model, make_tokenizer("json", (model.folder / "tokenizer.json").read_text(encoding="utf-8")), None
+    except Exception as problem:  # files, zip, pickle and torch each have their own kinds; here all mean the same
+        raise ValueError(f"{path.parent} holds no model of {Path(__file__).name}: {problem}") from problem
 
 
 def main(cfg):
-    """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> (model, cfg)."""
-    # In this order: device, settings, data, memory, model. What can fail does so before anything is written.
-    device = setup(cfg)
-    rank, world = ranks()
-    # Three ways in: --resume (model, optimizer, step), --load (model only, a new run), neither (random weights).
-    model, tokenizer = None, None
-    if cfg.resume:
-        # What a run was made with is in its checkpoint; the command line need not repeat it and may not contradict it.
-        state = read_checkpoint(Path(cfg.out) / "ckpt.pt")
-        free = {"out", "device", "compile", "resume", "eval_every", "save_every", "load", "prompt", "chat",
-                "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty"}
-        cfg, tokenizer = recorded_config(cfg, state["config"], free), make_tokenizer(state["extra"]["tokenizer"])
-    elif cfg.load:
-        model, cfg, tokenizer = load_any(cfg)
-    # Talking needs no data and leaves no files. "auto" keeps the dtype of the file.
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(cfg.dtype)
-    if cfg.chat:
-        if not cfg.load or cfg.resume or cfg.beams > 1 or cfg.prompt:
-            sys.exit("error: --chat needs --load (an Instruct model) and goes without --resume, --beams and --prompt")
-        chat(model.to(device, dtype), tokenizer, cfg)
-        return model, cfg
-    if cfg.load and cfg.prompt and not cfg.resume:
-        model.to(device, dtype)
-        check_prompt(tokenizer, cfg.prompt)
-        print(cfg.prompt, end="", flush=True)
-        text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, stream(tokenizer))
-        print(text if cfg.beams > 1 else "")  # sampled text was streamed; the best beam is known at the end only
-        return model, cfg
+    """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> the model."""
+    if min(cfg.n_kv_head, cfg.max_steps, cfg.batch_size) < 1 or cfg.n_head % cfg.n_kv_head or cfg.n_embd % cfg.n_head:
+        raise ValueError("n_kv_head must divide n_head, and n_head n_embd; heads, steps and batch sizes start at 1")
+    # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
+    model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
+    if cfg.resume:  # all settings as they were, except paths and device
+        cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device,
+                                  data=model.cfg.data if cfg.data == "auto" else cfg.data)
+    elif cfg.load:  # the shape of what was loaded
+        cfg = dataclasses.replace(cfg, rope_factor=model.cfg.rope_factor, **{
+            k: vars(model.cfg)[k] for k in SHAPE if k != "block_size"})  # RoPE has no table: rows may be shorter
+        if cfg.chat:
+            chat(model, tokenizer, cfg)
+            return model
+        if cfg.prompt:
+            with tqdm(total=cfg.max_new_tokens, unit=" tokens") as bar:
+                text = write_text(model, tokenizer, cfg, cfg.prompt, cfg.max_new_tokens, lambda token: bar.update())
+                tqdm.write(cfg.prompt + text)
+            return model
 
-    if world > 1 and rank > 0:
-        dist.barrier()  # rank 0 goes first: it may have to download, and the others then find the file
-    train_data, val_data, tokenizer, info = make_data(cfg, tokenizer)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    if cfg.resume and info["sha256"] != state["extra"]["data"]["sha256"]:
-        sys.exit(f"error: --resume: {info['name']} is not the text that this run was trained on (SHA-256 differs)")
-    # "auto" becomes the name of what was found: a resumed run must not find something else.
-    cfg = dataclasses.replace(cfg, data=info["name"], vocab_size=cfg.vocab_size or tokenizer.n_vocab)
-    if cfg.vocab_size < tokenizer.n_vocab:
-        sys.exit(f"error: --vocab-size {cfg.vocab_size} is less than the {tokenizer.n_vocab} tokens of the data")
-    # A model needs at least one token to read. "\n" means "a line begins"; "40215=" asks a question.
-    prompt = cfg.prompt or ("40215=" if cfg.data == "numbers" else "\n")
-    if not cfg.prompt and "\n" not in tokenizer.spec.get("chars", "\n"):
-        prompt = tokenizer.spec["chars"][0]  # a text without line ends
-    check_prompt(tokenizer, prompt)  # now, not behind an hour of training
-    check_memory(cfg, device)
-    out = out_folder(cfg)
-    # Weights stay float32 under bfloat16 autocast: after 1 bfloat16 knows 1.0078 next, so updates below 0.4 % of a
-    # weight would change nothing. Symptom: the loss stops falling as soon as the learning rate gets small.
-    model = (model or build_model(cfg)).to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} parameters on {device}, {cfg.batch_size * cfg.grad_accum} rows of "
-          f"{train_data[0].size(1)} tokens a step; everything goes to {out}/")
-
-    def show(step):
-        if step % cfg.eval_every == 0 and rank == 0:  # watch it learn: noise, then spaces, then words, then names
-            line = write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))
-            tqdm.write(f"            {(prompt.lstrip() + line)!r}")
-
-    result = train(model, cfg, train_data, val_data, compute_loss, {"tokenizer": tokenizer.spec, "data": info}, show)
-    if cfg.data == "numbers":
-        results = {"exact_match": exact_match(model, tokenizer, sorted(set(draw_numbers(1000, cfg.seed + 1, True))))}
-    else:
-        # Loss per token depends on how long a token is; bits per byte do not. BPE at 3.5 nats and 3.5 bytes a token has
-        # 3.5 / ln 2 / 3.5 = 1.44 bits per byte and beats characters at 1.7 nats (2.45), whose loss looks half as large.
-        results = {"bits_per_byte": result["val_loss"] / math.log(2) / info["bytes_per_token"]}
-    if rank > 0:
-        return model, cfg
-
+    train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
+    cfg = dataclasses.replace(cfg, data=name, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab))
+    # A model needs something to start from: the first word of the text (max takes the first, if there is any).
+    prompt = cfg.prompt or max(re.findall(r"\w+|\W", tokenizer.decode(train_data[0][0].tolist())), key=str.isalnum)
+    tokenizer.encode(prompt)  # an unknown character is an error now and not after the training
+    torch.manual_seed(cfg.seed)
+    model = (model or Llama(cfg)).to(cfg.device, torch.float32)  # in bfloat16 small steps vanish: 1 + 0.003 is 1
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, ln V = {math.log(cfg.vocab_size):.2f}")
+    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
+    if (out / "ckpt.pt").is_file() and not cfg.resume:
+        os.link(out / "ckpt.pt", kept := out / time.strftime("ckpt-%Y%m%d-%H%M%S.pt"))
+        print(f"note: {out} holds a trained model, it is kept as {kept.name}")
+    # The samples show it learn: noise, then spaces, then words, then names.
+    history = train(model, cfg, train_data, val_data, tokenizer.spec, state, lambda: tqdm.write(
+        f"            {write_text(model, tokenizer, cfg, prompt, min(60, cfg.max_new_tokens))!r}"))
+    # Loss per token depends on how long a token is; bits per byte do not. BPE at 3.5 nats and 3.5 bytes a token has
+    # 3.5 / ln 2 / 3.5 = 1.44 bits per byte and beats characters at 1.7 nats (2.45), whose loss looks half as large.
+    results = dict(bits_per_byte=history[-1]["val_loss"] / math.log(2) / bytes_per_token)
     text = prompt + write_text(model, tokenizer, cfg, prompt, cfg.max_new_tokens)
-    write_atomically(out / "sample.txt", lambda file: file.write(text.encode()))
-    floor = 0.0 if cfg.data == "numbers" else None  # what a perfect model would reach; nobody knows it for real text
-    uniform = math.log(cfg.vocab_size)
-    plot_curve(out / "curve.png", result["history"], f"{Path(__file__).name} on {Path(cfg.data).name}",
-               {f"uniform guess, ln V = {uniform:.2f}": uniform} | ({} if floor is None else {"floor 0": floor}))
-    # One file that says what was run, on what, and what came out: enough to repeat the run and compare it.
-    # tokens_per_second counts training steps alone; seconds is all of train(), evaluations and samples included;
-    # val_loss is the last one, not the luckiest.
-    summary = {"config": dataclasses.asdict(cfg), "params": parameters, "val_loss": result["val_loss"], "floor": floor,
-               "tokens_per_second": result["tokens_per_second"], "seconds": result["seconds"],
-               "peak_memory_mb": peak_memory_mb(device), "data": info, "device": str(device),
-               "torch": torch.__version__, "figures": ["curve.png"], "results": results}
-    write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    # The expectation is printed from the header, where measured runs write it: one place, no second copy to go stale.
-    expected = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", __doc__, re.M)[1].split())
-    print(f"\n{text.strip()}\n\nThe sample is in {out}/sample.txt, the curve in {out}/curve.png. Talk to it with\n"
-          f"  python {Path(__file__).name} --load {out} --prompt {prompt.strip() or 'The'!r}"
-          f"{'' if cfg.temperature == Config.temperature else f' --temperature {cfg.temperature:g}'}\n"
-          f"Next: `diff decoder_only.py llama3.py`: what five years changed, and how much stayed.\n"
-          f"Expected: {expected}\n"
-          f"Reached:  val loss {result['val_loss']:.4f}, {', '.join(f'{k} {v:.4f}' for k, v in results.items())}, "
-          f"{result['seconds']:.0f} s (a uniform guess: {uniform:.2f}"
-          f"{'' if floor is None else f', a perfect model: {floor:.2f}'})")
-    return model, cfg
+    (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
+        config=dataclasses.asdict(cfg), results=results, history=history, sample=text, **history[-1])))
+    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(name).name}".replace("$", r"\$"))
+    print(f"\n{text.strip()}\n\nReached:", *(f"{k} {v:.4f}" for k, v in (history[-1] | results).items()),
+          f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt="{prompt}"')
+    return model
+
+
+def parse_config(argv=None):
+    """Command line -> Config. Explicit flags win over --preset NAME, which wins over the defaults."""
+    # Help texts are read from the source: a comment and a help string that say the same would drift apart.
+    notes = dict(re.findall(r"^ {4}(\w+): \w+ = .*  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default=next(iter(PRESETS)), help="a set of defaults")
+    for field in dataclasses.fields(Config):
+        # Trap: type=bool makes "--resume False" true, because bool("False") is True. Booleans get --x and --no-x.
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    return Config(**{**PRESETS[given.pop("preset")], **given})
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, PRESETS))
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints "?" instead of a traceback
+    try:
+        main(parse_config())
+    except (OSError, ValueError) as problem:  # wrong flags, files, network: one line, and nothing was overwritten
+        sys.exit("error: " + " ".join(str(problem).split()))
