@@ -699,9 +699,9 @@ def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda to
     """Continue `prompt` as cfg says: beams, or temperature, top-k and top-p. -> the new text."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=cfg.device)          # (1, T)
     # A generator of its own: looking at samples during training must not change the training.
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     new = beam_search(model, ids, max_new_tokens, cfg.beams, eos=tokenizer.eos)[0][1] if cfg.beams > 1 else generate(
-        model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator, on_token)[0].tolist()
+        model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos,
+        torch.Generator(cfg.device).manual_seed(cfg.seed), on_token)[0].tolist()
     return tokenizer.decode([token for token in new if token != tokenizer.eos and token < tokenizer.n_vocab])
 
 

@@ -725,9 +725,8 @@ def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda to
     """Continue `prompt` as cfg says: temperature, top-k and top-p. -> the new text."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=cfg.device)          # (1, T)
     # A generator of its own: looking at samples during training must not change the training.
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    new = generate(
-        model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos, generator, on_token)[0].tolist()
+    new = generate(model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos,
+                   torch.Generator(cfg.device).manual_seed(cfg.seed), on_token)[0].tolist()
     return tokenizer.decode([token for token in new if token != tokenizer.eos and token < tokenizer.n_vocab])
 
 
