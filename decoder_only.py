@@ -53,7 +53,7 @@ class Config:
     data: str = "auto"                # auto | shakespeare | pydocs | path of a UTF-8 text file
     tokenizer: str = "char"           # char: one id per character of the text | gpt2, cl100k_base ...: tiktoken's BPE
     out: str = "runs/decoder_only"    # folder for checkpoint, curve and summary
-    seed: int = 1337                  # decides initial weights, batches, dropout and samples
+    seed: int = 1337                  # decides initial weights, batches and samples
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
     # Shape. The defaults are the size of nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
@@ -144,7 +144,7 @@ def attention(q, k, v, mask):
 class CausalSelfAttention(nn.Module):
     """Each token asks (q) all tokens up to itself (k) and takes a weighted mean of what they carry (v).
 
-    H heads do this side by side on D = C/H numbers each: one may look at the previous character while another looks
+    H heads do this side by side on D numbers each: one may look at the previous character while another looks
     for the speaker's name. One wide head could only take one weighted mean per token.
     """
 
@@ -166,7 +166,7 @@ class CausalSelfAttention(nn.Module):
         #    Two projections let what a token seeks differ from what it offers, for C*C more weights per layer.
         if cache is not None:
             k, v = cache.append(self, k, v)                                    # (B, H, S, D) each
-        # attention(q, k, v, mask) in one fused call. It works in tiles and never stores the T x S scores, which at
+        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores, which at
         # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
         S, rate = k.size(2), self.cfg.dropout if self.training else 0.0
         mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything

@@ -50,7 +50,7 @@ class Config:
     data: str = "auto"                # auto | shakespeare | pydocs | path of a UTF-8 text file
     tokenizer: str = "char"           # char: one id per character of the text | gpt2, cl100k_base ...: tiktoken's BPE
     out: str = "runs/llama3"          # folder for checkpoint, curve and summary
-    seed: int = 1337                  # decides initial weights, batches, dropout and samples
+    seed: int = 1337                  # decides initial weights, batches and samples
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
     # Shape. The defaults are the size of nanoGPT's CPU run: 0.8 million parameters, a context of 64 characters.
@@ -67,10 +67,9 @@ class Config:
     # Optimization. 2,000 steps x 12 rows x 64 characters = 1.5 million predictions: 1.5 passes over Shakespeare.
     max_steps: int = 2000             # optimizer steps
     batch_size: int = 12              # rows per micro-step
-    grad_accum = 1                    # micro-steps per optimizer step (a constant, as beta2: no flag)
     lr: float = 3e-3                  # peak learning rate; small models take large ones (nanoGPT's 124M: 6e-4)
     warmup_steps: int = 100           # steps of linear warm-up
-    beta2 = 0.99                      # memory of Adam's second moment: 0.99 looks back about 100 steps
+    grad_accum, beta2, norm_eps = 1, 0.99, 1e-5  # no flags: micro-steps per step, Adam's memory, epsilon of the norms
     eval_every: int = 250             # steps between evaluations on the validation split, each with a checkpoint
     # Decoding. 0.8 is a common choice for small models: their unlikely tokens are mostly mistakes.
     load: str = ""                    # run folder, Hugging Face folder or repository to start from
@@ -166,7 +165,7 @@ def attention(q, k, v, mask):
 class GroupedQueryAttention(nn.Module):
     """Each token asks (q) all tokens up to itself (k) and takes a weighted mean of what they carry (v).
 
-    H heads do this side by side on D = C/H numbers each: one may look at the previous character while another looks
+    H heads do this side by side on D numbers each: one may look at the previous character while another looks
     for the speaker's name. One wide head could only take one weighted mean per token.
     """
 
@@ -193,7 +192,7 @@ class GroupedQueryAttention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(self, k, v)                                    # (B, K, S, D) each
-        # attention(q, k, v, mask) in one fused call. It works in tiles and never stores the T x S scores, which at
+        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores, which at
         # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
         S = k.size(2)
         mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything
@@ -211,8 +210,8 @@ class SwiGLU(nn.Module):
 
     # Q: Why three matrices, and why is F not 4*C?
     # A: One says how far to open, one what to let through, one writes it back: a product of two views of x, which a
-    #    plain layer cannot make. Three matrices of 8/3*C are as large as GPT-2's two of 4*C; here F = 3*C, since GQA
-    #    has saved C*C weights. silu(x) = x * sigmoid(x), a smooth ReLU.
+    #    plain layer cannot make. Three matrices with F = 8/3*C are as large as GPT-2's two with 4*C. silu(x) =
+    #    x * sigmoid(x) is a smooth ReLU.
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False)
@@ -231,13 +230,13 @@ class Layer(nn.Module):
     #    rescales it behind each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
     def __init__(self, cfg):
         super().__init__()
-        # RMSNorm(x) = x / sqrt(mean(x^2) + 1e-5) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
+        # RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
         # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
         # A: The mean and the bias. What training needs is the rescaling, since the stream grows with every block. One
         #    pass over x instead of two, one vector of weights instead of two, and models train as well.
-        self.input_layernorm = nn.RMSNorm(cfg.n_embd, eps=1e-5)
+        self.input_layernorm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.self_attn = GroupedQueryAttention(cfg)
-        self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, eps=1e-5)  # the published name: it norms mlp's input
+        self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)  # norms the input of mlp
         self.mlp = SwiGLU(cfg)
 
     def forward(self, x, rope, cache=None):
@@ -257,7 +256,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
             layers=nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer)),
-            norm=nn.RMSNorm(cfg.n_embd, eps=1e-5)))
+            norm=nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)))
         # Q: Why tie the head to the token embedding?
         # A: Both say what a token means, on the way in and on the way out. Tying saves V*C numbers (GPT-2: 38.6 of 163
         #    million), and a rare token's row learns from every prediction (Press & Wolf 2017, arXiv 1608.05859).
@@ -650,8 +649,8 @@ def hf_config(cfg):
     """The config.json of this model: what save_pretrained writes and from_pretrained demands."""
     # Trap: leaving out the special ids. transformers fills in its own, which a model of 65 characters lacks.
     return {theirs: getattr(cfg, ours) for ours, theirs in SHAPE.items()} | dict(
-        model_type="llama", head_dim=cfg.n_embd // cfg.n_head, hidden_act="silu", rms_norm_eps=1e-5, bos_token_id=None,
-        eos_token_id=None, rope_scaling=None if cfg.rope_factor == 1 else dict(
+        model_type="llama", head_dim=cfg.n_embd // cfg.n_head, hidden_act="silu", rms_norm_eps=cfg.norm_eps,
+        bos_token_id=None, eos_token_id=None, rope_scaling=None if cfg.rope_factor == 1 else dict(
             rope_type="llama3", factor=cfg.rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192))
 
