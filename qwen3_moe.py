@@ -53,7 +53,7 @@ class Config:
     seed: int = 1337                  # decides initial weights, batches and samples
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
-    # Shape. The defaults work like llama3.py's for a token (2 experts of 192 = one MLP of 384), with 2.6 million weights.
+    # Shape. A token works as hard as in llama3.py (2 experts of 192 = an MLP of 384), among 2.6 million parameters.
     block_size: int = 64              # longest context in tokens
     n_layer: int = 4                  # blocks
     n_head: int = 4                   # attention heads; each is head_size wide
@@ -241,9 +241,8 @@ class MixtureOfExperts(nn.Module):
     """A router, which is called gate in the published weights, and E experts, which are small MLPs."""
 
     # Q: What does a mixture save, and what not?
-    # A: Arithmetic: a token pays for k experts of E (Qwen3-30B-A3B: 8 of 128, 3.3 of 30.5 billion weights). Not memory:
-    #    all E must be there. And writing text, bound by reading weights, is fast for one user only: 64 tokens at a time
-    #    visit nearly all experts.
+    # A: Arithmetic: a token pays for k experts of E (Qwen3-30B-A3B: 3.3 of 30.5 billion weights). Not memory: all must
+    #    be there. Writing, bound by reading weights, is fast for one user alone: 64 tokens at a time visit nearly all.
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -263,13 +262,13 @@ class MixtureOfExperts(nn.Module):
         chosen = (probs + bias).topk(self.cfg.experts_per_token).indices       # (N, k)
         weights = probs.gather(1, chosen)                                      # (N, k)
         # Q: Why divide the k weights by their sum?
-        # A: Else the layer's output shrinks by what the router is unsure about. config.json says it (norm_topk_prob);
-        #    a wrong guess is silent. With k = 1 the weight would be 1 and the router learn nothing: leave it off there.
+        # A: Else the output shrinks by what the router is unsure about. config.json decides; a wrong guess is silent.
+        #    With k = 1 the weight would always be 1, and the router would learn nothing: leave it off there.
         weights = weights / weights.sum(-1, keepdim=True) if self.cfg.norm_topk_prob else weights  # (N, k)
         self.load = F.one_hot(chosen, self.cfg.n_experts).sum((0, 1)).float()  # (E)
         if self.cfg.balance == "bias" and self.training:
-            # DeepSeek-V3 (arXiv 2412.19437, 2.1.2): no loss that disturbs the gradients. Busy experts get a lower bias,
-            # the others a higher one; it acts on the choice, never on the weights.
+            # DeepSeek-V3 (arXiv 2412.19437, 2.1.2): no loss that disturbs the gradients. A busy expert's bias falls,
+            # an idle one's rises; it acts on the choice, never on the weights.
             self.bias += 0.001 * (self.load.mean() - self.load).sign()
         return experts_fast(rows, chosen, weights.to(x.dtype), self.experts).view_as(x)  # (B, T, C)
 
@@ -645,6 +644,7 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
 # A conversation is one text with marks in it. Each message is
 #     <|im_start|>user\nWhat is a router?<|im_end|>\n
 # and the prompt ends behind "<|im_start|>assistant\n". To answer without thinking the model is given an empty thought.
+# differs from llama3.py: Qwen's template
 def chat_text(messages, thinking=True):
     """[{"role": "system" | "user" | "assistant", "content": text}] -> the prompt for the next answer.
 
@@ -761,7 +761,7 @@ def plot_loads(path, loads):
     """loads (L, E): visits of each expert, 1 = as many as the mean of its layer."""
     from matplotlib.figure import Figure
     ax = (figure := Figure(layout="tight")).add_subplot(xlabel="expert", ylabel="layer", title="visits, 1 = mean")
-    figure.colorbar(ax.imshow(loads.cpu(), vmin=0, vmax=2))
+    figure.colorbar(ax.imshow(loads.cpu().numpy(), vmin=0, vmax=2))
     figure.savefig(path)
 
 
@@ -795,15 +795,15 @@ def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> the model."""
     if min(cfg.n_kv_head, cfg.max_steps, cfg.batch_size) < 1 or cfg.n_head % cfg.n_kv_head or cfg.head_size % 2 or (
             cfg.balance not in ("loss", "bias", "none")):
-        raise ValueError("n_kv_head must divide n_head, head_size be even, balance be loss, bias or none, steps be >= 1")
+        raise ValueError("n_kv_head must divide n_head, head_size be even, balance loss, bias or none, steps >= 1")
     # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
     model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
     if cfg.resume:  # all settings as they were, except paths and device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device,
                                   data=model.cfg.data if cfg.data == "auto" else cfg.data)
     elif cfg.load:  # the shape of what was loaded
-        cfg = dataclasses.replace(cfg, **{
-            k: vars(model.cfg)[k] for k in [*SHAPE, "balance"] if k != "block_size"})  # RoPE has no table: rows may be shorter
+        cfg = dataclasses.replace(cfg, balance=model.cfg.balance, **{
+            k: vars(model.cfg)[k] for k in SHAPE if k != "block_size"})  # RoPE has no table: rows may be shorter
         if cfg.chat:
             chat(model, tokenizer, cfg)
             return model
