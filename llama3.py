@@ -219,7 +219,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn_size, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))     # (B, T, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -195,7 +195,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn_size, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))     # (B, T, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 # The mixture, twice: as one would say it, and as one would run it.
