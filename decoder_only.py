@@ -166,8 +166,8 @@ class CausalSelfAttention(nn.Module):
         #    Two projections let what a token seeks differ from what it offers, for C*C more weights per layer.
         if cache is not None:
             k, v = cache.append(self, k, v)                                    # (B, H, S, D) each
-        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores, which at
-        # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
+        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores: in GPT-2 at
+        # T = 1024 these are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
         S, rate = k.size(2), self.cfg.dropout if self.training else 0.0
         mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything
         y = F.scaled_dot_product_attention(q, k, v, mask, rate, is_causal=T == S and T > 1)  # (B, H, T, D)
@@ -198,7 +198,7 @@ class Block(nn.Module):
 
     # Q: Why is the norm inside the branch (pre-norm) and not behind the sum, as in the 2017 paper and BERT?
     # A: x passes through plain additions from the embedding to the head, so the gradient arrives whole. Post-norm
-    #    rescales it behind each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
+    #    rescales it after each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
     def __init__(self, cfg):
         super().__init__()
         # LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias over the C numbers of a token, var divided
@@ -229,11 +229,11 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(cfg.n_embd)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # Q: Why tie the head to the token embedding?
-        # A: Both say what a token means, on the way in and on the way out. Tying saves V*C numbers (GPT-2: 38.6 of 163
-        #    million), and a rare token's row learns from every prediction (Press & Wolf 2017, arXiv 1608.05859).
+        # A: Both say what a token means, on the way in and on the way out (Press & Wolf 2017, arXiv 1608.05859). V*C
+        #    numbers are saved: 24 % of an untied GPT-2, 7 % of an 8B Llama, which therefore does without.
         self.lm_head.weight = self.transformer.wte.weight
         # Initial weights are random, because equal units would get equal gradients and stay equal; and x @ W keeps the
-        # size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02: about right at 1600 (0.025), too small at 128.
+        # size of x if W has std 1/sqrt(width of x), here C for all. GPT-2 took 0.02: good at 1600, too small at 128.
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # Each block adds two branches to the stream, and the variance of a sum grows with the number of terms.
@@ -318,7 +318,7 @@ Tokenizer = namedtuple("Tokenizer", "spec encode decode n_vocab eos")
 def make_tokenizer(kind, text=""):
     """kind char: text = all characters; json: text = a Hugging Face tokenizer.json; else a name that tiktoken knows.
 
-    Raises ValueError for an unknown name, and encode for a character that the vocabulary lacks.
+    Raises ValueError for an unknown name; encode raises it for a character that the vocabulary lacks.
     """
     if kind == "char":
         ids = {character: i for i, character in enumerate(text)}
@@ -370,7 +370,7 @@ def get_batch(data, rows, seed, step):
 
 
 # --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
-# Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# All that is drawn is a function of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
@@ -504,7 +504,7 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
     if temperature <= 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
         return logits.argmax(-1)                                               # (B)
-    # Heat before the cuts: it makes the distribution flatter, so that more tokens are needed to reach p.
+    # Temperature before the cuts: a hot distribution is flatter, so that more tokens are needed to reach p.
     probs, token = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
     probs[:, top_k or logits.size(-1):] = 0
     # Q: What is top-p (nucleus) sampling?
@@ -521,16 +521,16 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
 #     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
 #     one token    q k v of 1 token; q meets all keys so far         k v --> one column more
 class KVCache:
-    """Keys and values of the tokens so far: {attention module: (2, B, H, size, D)}, of which `length` are set."""
+    """Keys and values of the tokens so far: {attention module: (2, B, key heads, size, D)}, `length` of them set."""
 
     # Q: What does the KV cache save, and what does it cost?
     # A: Without it, token n+1 recomputes all n tokens before it: n^2 / 2 token passes for n tokens. It costs
-    #    2 numbers per layer, head and D: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
+    #    2*D numbers per layer and key head: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
     def __init__(self, size):
         self.layers, self.length, self.size = {}, 0, size
 
     def append(self, layer, k, v):
-        """k, v (B, H, T, D) of the new tokens, H heads of keys -> both of all tokens, (2, B, H, S, D)."""
+        """k, v (B, H, T, D) of the new tokens, H key heads -> both of all tokens, (2, B, H, S, D)."""
         if layer not in self.layers:  # room for all tokens: growing with torch.cat would copy the past every time
             self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(3))
         kv, end = self.layers[layer], self.length + k.size(2)
@@ -543,8 +543,8 @@ def next_logits(model, ids, cache):
     """Logits (B, V) for the token after ids (B, n). cache holds nothing, or all of ids but the last column."""
     size = model.cfg.block_size
     if cache.length == size:
-        # All positions are used. Keep the newer half of the context and read it again from position 0: one prefill per
-        # block_size / 2 tokens. Dropping the oldest token alone would need one per token: keys know their positions.
+        # The context is full. Keep its newer half and read it again from position 0: one prefill per block_size / 2
+        # tokens. Old columns cannot just be dropped: the others know their positions (GPT-2) and what those had said.
         cache.layers, cache.length = {}, 0
         ids = ids[:, -(size // 2 + 1):]
     return model(ids[:, -size:] if cache.length == 0 else ids[:, -1:], cache)[:, -1]  # (B, V)
@@ -558,13 +558,12 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
     on_token(token (B,)) is called for each new column, for streaming. Leaves the model in eval mode.
     """
     start, cache = ids.size(1), KVCache(min(model.cfg.block_size, ids.size(1) + max_new_tokens))
-    model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
+    model.eval()  # Trap: training mode left on; dropout, where there is any, then damages every sample
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)         # (B)
     # The first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights for one
     # token per row and is limited by memory: a long answer costs more than a long question.
     for _ in range(max_new_tokens):
-        token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
-        token = token.masked_fill(ended, eos)                                  # (B)
+        token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator).where(~ended, eos)
         ended = token == eos                                                   # (B)
         ids = torch.cat((ids, token[:, None]), 1)                              # (B, n)
         on_token(token)
@@ -642,7 +641,7 @@ HARMLESS = ("architectures|.*_p?drop(out)?|.*_token_id|summary_.*|(torch_)?dtype
 
 
 # Q: How do you know that published weights arrived right?
-# A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of 768 products in
+# A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of C products in
 #    another order round differently. Reading the text proves little: with a slightly wrong formula it still reads well.
 def from_pretrained(name):
     """A folder in Hugging Face layout, or a repository on its hub -> the model in eval mode.
@@ -739,7 +738,7 @@ def main(cfg):
             return model
 
     train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
-    cfg = dataclasses.replace(cfg, data=name, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab))
+    cfg = dataclasses.replace(cfg, data=name, vocab_size=cfg.vocab_size or tokenizer.n_vocab)
     # A model needs something to start from: the first word of the text (max takes the first, if there is any).
     prompt = cfg.prompt or max(re.findall(r"\w+|\W", tokenizer.decode(train_data[0][0].tolist())), key=str.isalnum)
     tokenizer.encode(prompt)  # an unknown character is an error now and not after the training

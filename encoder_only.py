@@ -441,7 +441,7 @@ def get_batch(data, rows, seed, step):
 # Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 
-# Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# All that is drawn is a function of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small

@@ -11,20 +11,20 @@ QWEN3, DENSE AND MIXTURE OF EXPERTS, IN ONE FILE     python qwen3_moe.py        
 Paper    Qwen Team 2025, Qwen3 Technical Report, arXiv 2505.09388; mixtures: Shazeer et al. 2017, arXiv 1701.06538
 Idea     Knowledge needs weights, but not every token needs all of them. E small MLPs (experts) replace the one of
          llama3.py, and a router sends each token to k of them: many weights at the work of few.
-Picture  x (N,C) -> router (N,E) -> k best -> rows sorted by expert (N*k,C) -> SwiGLUs -> weighed, added up (N,C)
+Picture  x (N,C) -> router (N,E) -> k best -> rows sorted by expert (N*k,C) -> SwiGLUs -> weighted sum (N,C)
 Symbols  B batch   T tokens   S = past + T   N = B*T   C n_embd   H heads   K key/value heads   D head_size   V vocab
          E experts   k experts per token   F width of an expert
 New here QK-norm, router, expert dispatch, balancing by a loss or by a bias, chat with and without thinking
-Not here beam search (decoder_only.py), Llama's stretched RoPE (llama3.py), shared experts, several GPUs
+Not here beam search (decoder_only.py), stretched RoPE (llama3.py), shared experts (Qwen3 has none), several GPUs
 Expect   validation loss 1.66 nats per character after 1,500 steps on Tiny Shakespeare, loads within 0.2 of their mean
 Asked    What is QK-norm for?   Why do experts need balancing?   Why is the balancing loss k at equal load?   What does
          a mixture save, and what not?   Why no gradient through top-k?   Why divide the k weights by their sum?
 
     python qwen3_moe.py                                        train on Shakespeare (or on Python's help texts)
-    python qwen3_moe.py --balance none                         watch the router pick favorites
-    python qwen3_moe.py --n-experts 0 --ffn-size 384           a dense model with the same work per token
+    python qwen3_moe.py --balance none --out runs/none         see in expert_load.png how the router picks favorites
+    python qwen3_moe.py --n-experts 0 --ffn-size 384 --out runs/dense        a dense model, the same work per token
     python qwen3_moe.py --load runs/qwen3_moe --prompt "ROMEO:"              let it write
-    python qwen3_moe.py --load Qwen/Qwen3-0.6B --chat think    talk to published weights
+    python qwen3_moe.py --load Qwen/Qwen3-0.6B --chat think --max-new-tokens 4000    talk to published weights
 """
 import argparse
 import dataclasses
@@ -53,22 +53,22 @@ class Config:
     seed: int = 1337                  # decides initial weights, batches and samples
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda | mps (check its losses against cpu)
     resume: bool = False              # continue the run in --out with its settings, bit for bit
-    # Shape. A token works as hard as in llama3.py (2 experts of 192 = an MLP of 384), among 2.6 million parameters.
+    # Shape. A token costs as much as in llama3.py (2 experts of 192 = an MLP of 384), among 2.6 million parameters.
     block_size: int = 64              # longest context in tokens
     n_layer: int = 4                  # blocks
     n_head: int = 4                   # attention heads; each is head_size wide
     n_kv_head: int = 2                # heads of keys and values; each serves n_head / n_kv_head query heads
-    head_size: int = 32               # numbers per head; 128 in all published Qwen3
+    head_size: int = 32               # numbers per head; 128 in all published Qwen3, whatever n_embd / n_head is
     n_embd: int = 128                 # width of the residual stream
     n_experts: int = 8                # experts per layer; 0 = one MLP, a dense model
     experts_per_token: int = 2        # how many of them a token visits
     ffn_size: int = 192               # width inside an expert, or inside the one MLP
     norm_topk_prob: bool = True       # the weights of the visited experts are made to add up to 1
-    balance: str = "loss"             # what keeps experts equally busy: loss | bias | none
+    balance: str = "loss"             # what keeps experts equally busy: loss | bias | none; --load keeps its own
     vocab_size: int = 0               # 0 = as many as the tokenizer has; 50304 = 128 * 393 is faster on GPUs than 50257
-    tie_weights: bool = False         # one table for embedding and head, as in the models up to 4B
+    tie_weights: bool = False         # one table for embedding and head, as in the small models
     rope_theta: float = 10_000.0      # base of the rotation speeds; 1,000,000 in Qwen3
-    # Optimization. 1,500 steps x 12 rows x 64 characters = 1.2 million predictions: 1.2 passes over Shakespeare.
+    # Optimization. 1,500 steps x 12 rows x 64 characters = 1.2 million predictions: 1.15 passes over Shakespeare.
     max_steps: int = 1500             # optimizer steps
     batch_size: int = 12              # rows per micro-step
     lr: float = 3e-3                  # peak learning rate; small models take large ones (nanoGPT's 124M: 6e-4)
@@ -97,7 +97,7 @@ PRESETS = {"laptop": {}}  # the defaults above
 # angle that grows with its position m; turn the same two numbers of a key by the angle of *its* position n. Then
 #     <turn(q, m*w), turn(k, n*w)>  =  <q, turn(k, (n-m)*w)>        places go in, only the distance n - m comes out
 # q.k adds up D/2 planes with D/2 speeds w, like the hands of a clock: the fastest turns 1 radian per token and tells
-# neighbors apart; the slowest (theta 500,000, D = 128) takes 2.6 million tokens for a turn and tells chapters apart.
+# neighbors apart; the slowest of Llama 3 (theta 500,000, D = 128) takes 2.6 million tokens: it hardly sees places.
 # differs from llama3.py: no stretch
 def rope_angles(positions, D, theta):
     """positions (T) -> cos, sin (T, D) of the angles position * w, w = theta^(-2i/D) for plane i, in float32."""
@@ -109,8 +109,8 @@ def rope_angles(positions, D, theta):
 
 # Q: Half-split or interleaved: which two numbers make a plane?
 # A: The paper and Meta's files pair (0, 1), (2, 3), ...; Hugging Face's files, and ours, (0, D/2), (1, D/2 + 1), ...
-#    It is a convention of the weights: permuting the rows of W_q and W_k alike changes no q.k. Reading weights with the
-#    wrong one is the commonest RoPE bug; position 0, which is not turned at all, still looks right.
+#    It is a convention of the weights: the rows of W_q and W_k are permuted alike. Reading weights with the wrong one
+#    is the commonest RoPE bug; position 0, which is not turned at all, still looks right.
 def apply_rope(x, cos, sin):
     """x (B, H, T, D), plane i = (a, b) = (x[i], x[i + D/2]) -> (a cos - b sin, b cos + a sin), (B, H, T, D)."""
     a, b = x.chunk(2, -1)                                                      # (B, H, T, D/2)
@@ -158,7 +158,7 @@ class Qwen3Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
         H, K, D = self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_size
-        # Trap: norming behind the rotation, or all heads as one vector of H*D numbers.
+        # Trap: norming after the rotation, whose pairs then get two gains, or all heads as one vector of H*D numbers.
         q = self.q_norm(self.q_proj(x).view(B, T, H, D)).transpose(1, 2)       # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, K, D)).transpose(1, 2)       # (B, K, T, D)
         v = self.v_proj(x).view(B, T, K, D).transpose(1, 2)                    # (B, K, T, D)
@@ -168,14 +168,14 @@ class Qwen3Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(self, k, v)                                    # (B, K, S, D) each
-        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores, which at
-        # T = 1024 are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
+        # softmax(q k^T / sqrt(D)) v in one fused call. It works in tiles and never stores the T x S scores: in GPT-2 at
+        # T = 1024 these are 12 heads x 1 Mi x 4 bytes = 48 MiB per row and layer, written and read several times.
         S = k.size(2)
         mask = causal_mask(T, S, x.device) if 1 < T < S else None  # a single new token may see everything
         # enable_gqa: query head h reads key head h // (H/K). Trap: repeating keys as k.repeat(1, H // K, 1, 1) pairs h
         # with h % K instead; shapes fit, and published weights write nonsense. repeat_interleave is the right one.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S and T > 1, enable_gqa=True)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))             # (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                       # (B, T, C)
 
 
 class SwiGLU(nn.Module):
@@ -186,8 +186,8 @@ class SwiGLU(nn.Module):
 
     # Q: Why three matrices, and why is F not 4*C?
     # A: One says how far to open, one what to let through, one writes it back: a product of two views of x, which a
-    #    plain layer cannot make. Three matrices with F = 8/3*C are as large as GPT-2's two with 4*C. silu(x) =
-    #    x * sigmoid(x) is a smooth ReLU.
+    #    plain layer cannot make. Three matrices with F = 8/3*C are as large as GPT-2's two with 4*C; Llama 3 8B spends
+    #    what GQA saves on F = 3.5*C. silu(x) = x * sigmoid(x) is a smooth ReLU.
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.ffn_size, bias=False)
@@ -210,12 +210,12 @@ def experts_slow(x, chosen, weights, experts):
 
 # N = 3 tokens, k = 2, E = 3:           chosen    0 2 | 2 1 | 0 1       6 visits
 #     sort the visits by expert         order     0 4 | 3 5 | 1 2       those of expert 0, of expert 1, of expert 2
-#     whose they are: order // k        token     0 2 | 1 2 | 0 1       one product of 2 rows each instead of 6 of one
+#     whose they are: order // k        token     0 2 | 1 2 | 0 1       3 products of 2 rows instead of 6 of one row
 def experts_fast(x, chosen, weights, experts):
     """What experts_slow says, with the visits grouped by expert. However unequal the load, no token is dropped."""
     order = chosen.flatten().argsort(stable=True)                              # (N*k)
     token = order // chosen.size(1)                                            # (N*k)
-    counts = F.one_hot(chosen, len(experts)).sum((0, 1)).tolist()  # on a GPU this waits for it, once per layer
+    counts = F.one_hot(chosen, len(experts)).sum((0, 1)).tolist()  # on a GPU tolist waits, once per layer
     # index_select and not x[token]: its backward pass adds up whole rows, four times as fast on a CPU.
     groups = zip(experts, x.index_select(0, token).split(counts), strict=True)
     y = torch.cat([expert(rows) for expert, rows in groups if len(rows)])      # (N*k, C)
@@ -242,32 +242,32 @@ class MixtureOfExperts(nn.Module):
 
     # Q: What does a mixture save, and what not?
     # A: Arithmetic: a token pays for k experts of E (Qwen3-30B-A3B: 3.3 of 30.5 billion weights). Not memory: all must
-    #    be there. Writing, bound by reading weights, is fast for one user alone: 64 tokens at a time visit nearly all.
+    #    be there. Writing reads few weights, and is fast, for one user alone: 64 tokens at a time visit nearly all.
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.gate = nn.Linear(cfg.n_embd, cfg.n_experts, bias=False)
         self.experts = nn.ModuleList(SwiGLU(cfg) for _ in range(cfg.n_experts))
-        if cfg.balance == "bias":  # no weight, but part of the checkpoint: it decides who is chosen
+        if cfg.balance == "bias":  # not trained, but part of the checkpoint: it decides who is chosen
             self.register_buffer("bias", torch.zeros(cfg.n_experts))
 
     def forward(self, x):
         rows = x.flatten(0, 1)                                                 # (N, C)
-        self.logits = self.gate(rows)                                          # (N, E)
-        # Trap: this softmax in bfloat16, where unequal experts tie and topk takes any of them.
+        self.logits = self.gate(rows)                                          # (N, E), for compute_loss
+        # Trap: this softmax in bfloat16: weights of 2 or 3 digits, and ties at the cut.
         probs = self.logits.softmax(-1, dtype=torch.float32)                   # (N, E)
         # Q: Why no gradient through top-k?
-        # A: Indices have none. The router learns through the weights: more for an expert that helped.
-        bias = self.bias if self.cfg.balance == "bias" else 0.0
-        chosen = (probs + bias).topk(self.cfg.experts_per_token).indices       # (N, k)
+        # A: Indices have none. The router learns through the weights of the chosen: more for the one that helped.
+        score = probs + self.bias if self.cfg.balance == "bias" else probs     # (N, E)
+        chosen = score.topk(self.cfg.experts_per_token).indices                # (N, k)
         weights = probs.gather(1, chosen)                                      # (N, k)
         # Q: Why divide the k weights by their sum?
-        # A: Else the output shrinks by what the router is unsure about. config.json decides; a wrong guess is silent.
+        # A: Else an unsure router shrinks the output, to 1/4 for 2 of 8 equal odds. config.json decides, not a guess.
         #    With k = 1 the weight would always be 1, and the router would learn nothing: leave it off there.
         weights = weights / weights.sum(-1, keepdim=True) if self.cfg.norm_topk_prob else weights  # (N, k)
-        self.load = F.one_hot(chosen, self.cfg.n_experts).sum((0, 1)).float()  # (E)
+        self.load = F.one_hot(chosen, self.cfg.n_experts).sum((0, 1)).float()  # (E), for main
         if self.cfg.balance == "bias" and self.training:
-            # DeepSeek-V3 (arXiv 2412.19437, 2.1.2): no loss that disturbs the gradients. A busy expert's bias falls,
+            # As in DeepSeek-V3 (arXiv 2412.19437, 2.1.2): no gradient is disturbed. A busy expert's bias falls,
             # an idle one's rises; it acts on the choice, never on the weights.
             self.bias += 0.001 * (self.load.mean() - self.load).sign()
         return experts_fast(rows, chosen, weights.to(x.dtype), self.experts).view_as(x)  # (B, T, C)
@@ -278,13 +278,13 @@ class Qwen3Layer(nn.Module):
 
     # Q: Why is the norm inside the branch (pre-norm) and not behind the sum, as in the 2017 paper and BERT?
     # A: x passes through plain additions from the embedding to the head, so the gradient arrives whole. Post-norm
-    #    rescales it behind each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
+    #    rescales it after each of 2 * n_layer branches and needs a long warm-up (Xiong et al. 2020, arXiv 2002.04745).
     def __init__(self, cfg):
         super().__init__()
         # RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
         # Q: What does RMSNorm leave out of LayerNorm, and why does that do?
         # A: The mean and the bias. What training needs is the rescaling, since the stream grows with every block. One
-        #    pass over x instead of two, one vector of weights instead of two, and models train as well.
+        #    pass over x instead of two, one vector of weights instead of two, and models train equally well.
         self.input_layernorm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.self_attn = Qwen3Attention(cfg)
         self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)  # norms the input of mlp
@@ -310,11 +310,11 @@ class Qwen3(nn.Module):
             layers=nn.ModuleList(Qwen3Layer(cfg) for _ in range(cfg.n_layer)),
             norm=nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)))
         # Q: Why tie the head to the token embedding?
-        # A: Both say what a token means, on the way in and on the way out. Tying saves V*C numbers (GPT-2: 38.6 of 163
-        #    million), and a rare token's row learns from every prediction (Press & Wolf 2017, arXiv 1608.05859).
+        # A: Both say what a token means, on the way in and on the way out (Press & Wolf 2017, arXiv 1608.05859). V*C
+        #    numbers are saved: 24 % of an untied GPT-2, 7 % of an 8B Llama, which therefore does without.
         self.lm_head = None if cfg.tie_weights else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # Initial weights are random, because equal units would get equal gradients and stay equal; and x @ W keeps the
-        # size of x if W has std 1/sqrt(width of x). GPT-2 took 0.02: about right at 1600 (0.025), too small at 128.
+        # size of x if W has std 1/sqrt(width of x), here C for all. GPT-2 took 0.02: good at 1600, too small at 128.
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # Each block adds two branches to the stream, and the variance of a sum grows with the number of terms.
@@ -347,17 +347,17 @@ IGNORE = -100  # a target that does not count: padding, prompts. The value is F.
 
 
 def compute_loss(model, inputs, targets):
-    """inputs, targets (B, T) -> sum of -ln p(target) over the targets that count, in nats."""
+    """inputs, targets (B, T) -> sum of -ln p(target) over counted targets, in nats; in training plus balancing."""
     # Q: Why is the first loss about ln V?
     # A: An untrained model gives each of V tokens about 1/V, and -ln(1/V) = ln V: 4.17 for 65 characters. Logits of
     #    variance s^2 add s^2/2 to it. Here s^2 = 1 (rows of the head have length 1, the last norm makes the variance
     #    1), so the first loss is about ln V + 0.5. Far above that, the logits start too large.
     logits = model(inputs)                                                     # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    if not model.training or model.cfg.balance != "loss" or not model.cfg.n_experts:
+    if not (model.training and model.cfg.n_experts and model.cfg.balance == "loss"):
         return loss
     # Trap: one balancing loss over all layers together, as transformers computes it: layer 1 may then overload an
-    # expert as long as layer 2 neglects the one of the same number. 0.01 is Switch's coefficient; Qwen3 takes 0.001.
+    # expert as long as layer 2 neglects the one of the same number. Switch adds 0.01 per layer, Qwen3 takes 0.001.
     aux = [load_balancing_loss(layer.mlp.logits, model.cfg.experts_per_token) for layer in model.model.layers]
     return loss + 0.01 * sum(aux) / len(aux) * (targets != IGNORE).sum()
 
@@ -387,7 +387,7 @@ Tokenizer = namedtuple("Tokenizer", "spec encode decode n_vocab eos")
 def make_tokenizer(kind, text=""):
     """kind char: text = all characters; json: text = a Hugging Face tokenizer.json; else a name that tiktoken knows.
 
-    Raises ValueError for an unknown name, and encode for a character that the vocabulary lacks.
+    Raises ValueError for an unknown name; encode raises it for a character that the vocabulary lacks.
     """
     if kind == "char":
         ids = {character: i for i, character in enumerate(text)}
@@ -439,7 +439,7 @@ def get_batch(data, rows, seed, step):
 
 
 # --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
-# Batches and dropout are functions of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# All that is drawn is a function of (seed, step), so weights + optimizer + step number are the whole state of a run,
 # and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
@@ -572,7 +572,7 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one token per row (B,). temperature 0 = the likeliest, exactly; top_k 0 and top_p 1 = no cut."""
     if temperature <= 0:  # Trap: dividing by it, or a "greedy" that is really temperature 0.1 and errs now and then
         return logits.argmax(-1)                                               # (B)
-    # Heat before the cuts: it makes the distribution flatter, so that more tokens are needed to reach p.
+    # Temperature before the cuts: a hot distribution is flatter, so that more tokens are needed to reach p.
     probs, token = (logits / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
     probs[:, top_k or logits.size(-1):] = 0
     # Q: What is top-p (nucleus) sampling?
@@ -589,16 +589,16 @@ def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
 #     prefill      q k v of all T prompt tokens in one pass          k v --> columns 0 .. T-1 of the cache
 #     one token    q k v of 1 token; q meets all keys so far         k v --> one column more
 class KVCache:
-    """Keys and values of the tokens so far: {attention module: (2, B, H, size, D)}, of which `length` are set."""
+    """Keys and values of the tokens so far: {attention module: (2, B, key heads, size, D)}, `length` of them set."""
 
     # Q: What does the KV cache save, and what does it cost?
     # A: Without it, token n+1 recomputes all n tokens before it: n^2 / 2 token passes for n tokens. It costs
-    #    2 numbers per layer, head and D: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
+    #    2*D numbers per layer and key head: in GPT-2 124M 2 * 12 * 768, 36 KiB a token in bfloat16, 36 MiB for 1,024.
     def __init__(self, size):
         self.layers, self.length, self.size = {}, 0, size
 
     def append(self, layer, k, v):
-        """k, v (B, H, T, D) of the new tokens, H heads of keys -> both of all tokens, (2, B, H, S, D)."""
+        """k, v (B, H, T, D) of the new tokens, H key heads -> both of all tokens, (2, B, H, S, D)."""
         if layer not in self.layers:  # room for all tokens: growing with torch.cat would copy the past every time
             self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(3))
         kv, end = self.layers[layer], self.length + k.size(2)
@@ -611,8 +611,8 @@ def next_logits(model, ids, cache):
     """Logits (B, V) for the token after ids (B, n). cache holds nothing, or all of ids but the last column."""
     size = model.cfg.block_size
     if cache.length == size:
-        # All positions are used. Keep the newer half of the context and read it again from position 0: one prefill per
-        # block_size / 2 tokens. Dropping the oldest token alone would need one per token: keys know their positions.
+        # The context is full. Keep its newer half and read it again from position 0: one prefill per block_size / 2
+        # tokens. Old columns cannot just be dropped: the others know their positions (GPT-2) and what those had said.
         cache.layers, cache.length = {}, 0
         ids = ids[:, -(size // 2 + 1):]
     return model(ids[:, -size:] if cache.length == 0 else ids[:, -1:], cache)[:, -1]  # (B, V)
@@ -626,13 +626,12 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eo
     on_token(token (B,)) is called for each new column, for streaming. Leaves the model in eval mode.
     """
     start, cache = ids.size(1), KVCache(min(model.cfg.block_size, ids.size(1) + max_new_tokens))
-    model.eval()  # Trap: dropout left on; every sample is then drawn from a slightly damaged model
+    model.eval()  # Trap: training mode left on; dropout, where there is any, then damages every sample
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)         # (B)
     # The first pass reads the whole prompt and is limited by arithmetic; each further one reads all weights for one
     # token per row and is limited by memory: a long answer costs more than a long question.
     for _ in range(max_new_tokens):
-        token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator)  # (B)
-        token = token.masked_fill(ended, eos)                                  # (B)
+        token = sample_next(next_logits(model, ids, cache), temperature, top_k, top_p, generator).where(~ended, eos)
         ended = token == eos                                                   # (B)
         ids = torch.cat((ids, token[:, None]), 1)                              # (B, n)
         on_token(token)
@@ -650,8 +649,8 @@ def chat_text(messages, thinking=True):
 
     Thoughts in earlier answers (<think> ... </think>) are left out, as in training: they would fill the context.
     """
-    texts = [(message["role"], re.sub(r"(?s).*</think>\n*", "", message["content"]) if message["role"] == "assistant"
-              else message["content"]) for message in messages]
+    texts = [(m["role"], re.sub(r"(?s).*</think>\n*|<think>.*", "", m["content"]) if m["role"] == "assistant" else
+              m["content"]) for m in messages]
     return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in texts) + "<|im_start|>assistant\n" + (
         "" if thinking else "<think>\n\n</think>\n\n")
 
@@ -666,8 +665,8 @@ def chat(model, tokenizer, cfg):
     tokenizer = tokenizer._replace(eos=inner.token_to_id("<|im_end|>"))
     print("A line is a message; Ctrl-D (Windows: Ctrl-Z) ends the conversation.\n> ", end="", flush=True)
     for line in sys.stdin:
-        # Trap: a user who types "<|im_end|>\n<|im_start|>system" ends his turn and speaks as the system.
-        messages.append(dict(role="user", content=line.replace("<|", "< |")))
+        # Trap: a user who types "<|im_end|>\n<|im_start|>system" ends the turn and speaks as the system.
+        messages.append(dict(role="user", content=line.strip().replace("<|", "< |")))
         # A token may end inside a character: the stream holds it back until the rest has come.
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         prompt = chat_text(messages, cfg.chat == "think")
@@ -701,7 +700,7 @@ HARMLESS = ("architectures|.*_p?drop(out)?|.*_token_id|summary_.*|(torch_)?dtype
 
 
 # Q: How do you know that published weights arrived right?
-# A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of 768 products in
+# A: Compare logits with the reference on the same ids: within 1e-4 in float32, not equal, since sums of C products in
 #    another order round differently. Reading the text proves little: with a slightly wrong formula it still reads well.
 def from_pretrained(name):
     """A folder in Hugging Face layout, or a repository on its hub -> the model in eval mode.
@@ -717,7 +716,7 @@ def from_pretrained(name):
     rope = dict(rope_type="default", rope_theta=hf.get("rope_theta", 1e4))
     rope |= (hf.pop("rope_parameters", None) or {}) | (hf.get("rope_scaling") or {})
     hf |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if rope != dict(rope_type="default") else None)
-    # What config.json leaves out has transformers' defaults; it writes num_experts under a second name.
+    # What config.json leaves out has transformers' defaults; num_local_experts is num_experts in its new files.
     hf = dict(num_experts=hf.pop("num_local_experts", 0), num_experts_per_tok=8, norm_topk_prob=False) | hf
     hf["intermediate_size"] = hf.get("moe_intermediate_size", hf["intermediate_size"])
     cfg = Config(**{ours: hf[theirs] for ours, theirs in SHAPE.items()})
@@ -758,10 +757,11 @@ def plot_curve(path, history, title):
 
 
 def plot_loads(path, loads):
-    """loads (L, E): visits of each expert, 1 = as many as the mean of its layer."""
+    """loads (layers, E): visits of each expert, 1 = as many as the mean of its layer; at most E/k."""
     from matplotlib.figure import Figure
-    ax = (figure := Figure(layout="tight")).add_subplot(xlabel="expert", ylabel="layer", title="visits, 1 = mean")
-    figure.colorbar(ax.imshow(loads.cpu().numpy(), vmin=0, vmax=2))
+    ax = (figure := Figure(layout="tight")).add_subplot(
+        xlabel="expert", ylabel="layer", yticks=range(len(loads)), title="visits of validation tokens, 1 = mean")
+    figure.colorbar(ax.imshow(loads.cpu().numpy(), vmin=0, aspect="auto"))
     figure.savefig(path)
 
 
@@ -793,11 +793,11 @@ def load(cfg):
 
 def main(cfg):
     """Train (or --resume, or start from --load) and report; with --load and --prompt only write. -> the model."""
-    if min(cfg.n_kv_head, cfg.max_steps, cfg.batch_size) < 1 or cfg.n_head % cfg.n_kv_head or cfg.head_size % 2 or (
-            cfg.balance not in ("loss", "bias", "none")):
-        raise ValueError("n_kv_head must divide n_head, head_size be even, balance loss, bias or none, steps >= 1")
+    if min(cfg.n_head, cfg.n_kv_head, cfg.max_steps, cfg.batch_size) < 1 or cfg.n_head % cfg.n_kv_head or (
+            0 < cfg.n_experts < cfg.experts_per_token or cfg.balance not in ("loss", "bias", "none")):
+        raise ValueError("n_kv_head must divide n_head, experts_per_token be <= n_experts, balance loss, bias or none")
     # Three ways in: --resume (weights, optimizer, step), --load (weights only), neither (random weights).
-    model, tokenizer, state = load(cfg) if cfg.resume or cfg.load else (None, None, None)
+    model, tokenizer, state = load(cfg) if cfg.resume or cfg.load or cfg.chat else (None, None, None)
     if cfg.resume:  # all settings as they were, except paths and device
         cfg = dataclasses.replace(model.cfg, resume=True, out=cfg.out, device=cfg.device,
                                   data=model.cfg.data if cfg.data == "auto" else cfg.data)
@@ -814,7 +814,7 @@ def main(cfg):
             return model
 
     train_data, val_data, tokenizer, name, bytes_per_token = make_data(cfg, tokenizer)
-    cfg = dataclasses.replace(cfg, data=name, vocab_size=max(cfg.vocab_size, tokenizer.n_vocab))
+    cfg = dataclasses.replace(cfg, data=name, vocab_size=cfg.vocab_size or tokenizer.n_vocab)
     # A model needs something to start from: the first word of the text (max takes the first, if there is any).
     prompt = cfg.prompt or max(re.findall(r"\w+|\W", tokenizer.decode(train_data[0][0].tolist())), key=str.isalnum)
     tokenizer.encode(prompt)  # an unknown character is an error now and not after the training

@@ -3,6 +3,8 @@
     python benchmarks/peers.py decoder_only      training step: nanoGPT's loop; generation: nanoGPT, transformers
     python benchmarks/peers.py encoder_only      training step: transformers' BertForMaskedLM, a real vocabulary
     python benchmarks/peers.py encoder_decoder   beam search and training step: transformers' T5
+    python benchmarks/peers.py llama3            cached greedy decoding: transformers' generate
+    python benchmarks/peers.py qwen3_moe         forward + backward of a mixture: transformers' eager and grouped forms
     python benchmarks/peers.py kv_cache          one token at a time: transformers' generate, memory bandwidth
     python benchmarks/peers.py lora_qlora        one step of full fine-tuning, LoRA, QLoRA: peft's LoRA
     python benchmarks/peers.py dpo               one DPO step: two models and two forward passes
@@ -688,9 +690,13 @@ def llama3(args):
                                 args.rounds or 10),
                                (dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, ffn_size=2048, vocab_size=32_000),
                                 32, args.rounds or 5)):
-        ours = m.build_model(m.Config(**sizes, block_size=512, init_std=2 * sizes["n_embd"] ** -0.5))
+        torch.manual_seed(1337)
+        ours = m.Llama(m.Config(**sizes, block_size=512))
+        with torch.no_grad():  # wide weights: no two tokens are nearly as likely, so rounding decides nothing
+            for weight in ours.parameters():
+                weight.mul_(2 if weight.dim() == 2 else 1)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            m.save_pretrained(ours, ours.cfg, folder)
+            m.save_pretrained(ours, folder)
             theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
         ours.eval(), theirs.eval()
         parameters = sum(p.numel() for p in ours.parameters())
@@ -967,11 +973,12 @@ def qwen3_moe(args):
     transformers.logging.set_verbosity_error()
     m = load_script("qwen3_moe")
     rounds, results, rows = args.rounds or 10, {"transformers": transformers.__version__, "step": []}, []
-    cfg = m.Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=256, n_experts=64, experts_per_token=8, expert_size=128,
-                   vocab_size=4096, block_size=128, init_std=0.0625)
-    ours = m.build_model(cfg)
+    cfg = m.Config(n_layer=2, n_head=4, n_kv_head=2, head_size=64, n_embd=256, n_experts=64, experts_per_token=8,
+                   ffn_size=128, vocab_size=4096, block_size=128, balance="none")
+    torch.manual_seed(cfg.seed)
+    ours = m.Qwen3(cfg)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        m.save_pretrained(ours, ours.cfg, folder)
+        m.save_pretrained(ours, folder)
         theirs = {how: transformers.Qwen3MoeForCausalLM.from_pretrained(folder, experts_implementation=how)
                   for how in ("eager", "grouped_mm")}
     for B in (4, 8, 32):
@@ -989,9 +996,7 @@ def qwen3_moe(args):
             return run
 
         def our_loss(ids=ids):
-            loss_sum, count, _ = m.compute_loss(ours.train(), (ids[:, :-1], ids[:, 1:]), m.dataclasses.replace(
-                cfg, balance="none"))
-            return loss_sum / count
+            return m.compute_loss(ours.train(), ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
 
         def their_loss(how, ids=ids):
             return torch.nn.functional.cross_entropy(theirs[how].train()(ids[:, :-1]).logits.flatten(0, 1),

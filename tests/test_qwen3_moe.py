@@ -361,9 +361,9 @@ def test_a_conversation(m, instruct, monkeypatch, capsys, chat):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n<|im_end|>\n"))
     m.main(m.Config(load="chat", chat=chat, max_new_tokens=20, device="cpu"))
     assert capsys.readouterr().out.split("> ")[-2:] == ["<think>hm</think>\n\nné\n", ""]
-    head = "<|im_start|>user\nhello\n<|im_end|>\n<|im_start|>assistant\n"
+    head = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     thought = "" if chat == "think" else "<think>\n\n</think>\n\n"
-    assert prompts == [head + thought, head + "né<|im_end|>\n<|im_start|>user\n< |im_end|>\n<|im_end|>\n"
+    assert prompts == [head + thought, head + "né<|im_end|>\n<|im_start|>user\n< |im_end|><|im_end|>\n"
                        "<|im_start|>assistant\n" + thought]
     monkeypatch.setattr(m, "write_text", write)
     monkeypatch.setattr(m, "sample_next", sample)
@@ -407,7 +407,8 @@ def test_loads_are_counted_by_hand_and_a_dense_model_has_none(m):
     assert got == pytest.approx((load.std(unbiased=False) / load.mean()).item(), rel=1e-5)
     m.main(m.Config(data="text.txt", out="dense", **TINY | dict(n_experts=0)))
     assert set(json.loads(Path("dense/summary.json").read_text())["results"]) == {"bits_per_byte"}
-    for wrong in (dict(n_kv_head=3), dict(n_kv_head=0), dict(max_steps=0), dict(head_size=5), dict(balance="luck")):
+    for wrong in (dict(n_kv_head=3), dict(n_kv_head=0), dict(max_steps=0), dict(n_head=0), dict(balance="luck"),
+                  dict(n_experts=1)):
         with pytest.raises(ValueError, match="must divide"):
             m.main(m.Config(**TINY | wrong))
 
