@@ -572,7 +572,7 @@ def next_logits(model, ids, cache):
     if cache.length == size:
         # The context is full. Keep its newer half and read it again from position 0: one prefill per block_size / 2
         # tokens. Old columns cannot just be dropped: the others know their positions (GPT-2) and what those had said.
-        cache.layers, cache.length = {}, 0
+        cache.length = 0
         ids = ids[:, -(size // 2 + 1):]
     return model(ids[:, -size:] if cache.length == 0 else ids[:, -1:], cache)[:, -1]  # (B, V)
 
@@ -720,7 +720,7 @@ def plot_curve(path, history, title):
 
 # differs from decoder_only.py: no beams
 def write_text(model, tokenizer, cfg, prompt, max_new_tokens, on_token=lambda token: None):
-    """Continue `prompt` as cfg says: temperature, top-k and top-p. -> the new text."""
+    """Continue `prompt` as cfg says. -> the new text."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=cfg.device)          # (1, T)
     # A generator of its own: looking at samples during training must not change the training.
     new = generate(model, ids, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos,

@@ -243,10 +243,13 @@ def test_sampling(m):
                           ((1.0, 2), [.62, .38, 0, 0]), ((1.0, 9), [.5, .3, .15, .05]),
                           ((1.0, 0, .8), [.62, .38, 0, 0]),
                           ((1.0, 0, .81), [.53, .32, .16, 0]), ((1.0, 0, 0.0), [1, 0, 0, 0]),
+                          ((1.0, 2, .6), [1, 0, 0, 0]),  # two, renormalized to .62 and .38: the first is enough
                           ((2.0, 0, .6), [.57, .43, 0, 0])):  # heat before the cut: .38 + .29 reach .6
         how += (0, 1.0)[len(how) - 1:] if len(how) < 3 else ()
         got, expected = shares(*how), torch.tensor(expected, dtype=torch.float32)
         assert torch.allclose(got, expected, atol=0.03) and torch.equal(got == 0, expected == 0)
+    assert torch.equal(*(m.sample_next(logits.expand(99, 4), 1.0, generator=torch.Generator().manual_seed(7))
+                         for _ in range(2)))
     two = m.sample_next(torch.tensor([[9., 0.], [0., 9.]]), 1.0)
     assert two.tolist() == [0, 1]
 
@@ -492,7 +495,7 @@ def test_another_arithmetic_is_refused_by_name(m, published, key, value):
         m.from_pretrained("gpt")
 
 
-def test_files_as_on_the_hub(m, published):
+def test_files_as_on_the_hub(m, published, monkeypatch):
     from safetensors.torch import load_file, save_file
     tensors, expected = load_file("gpt/model.safetensors"), m.from_pretrained("gpt")
     old = {name.removeprefix("transformer."): t.bfloat16() if t.dim() == 2 else t for name, t in tensors.items()}
@@ -503,6 +506,13 @@ def test_files_as_on_the_hub(m, published):
     got = m.from_pretrained("gpt")
     for a, b in zip(got.parameters(), expected.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02)
+    import huggingface_hub
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a: save(*a, max_shard_size="20KB"))
+    m.save_pretrained(expected, "parts")
+    assert len(list(Path("parts").glob("model-*.safetensors"))) > 1
+    for a, b in zip(m.from_pretrained("parts").parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
     wrong = {"h.1.ln_1.weight": None, "h.0.mlp.c_fc.weight": torch.ones(3, 3), "h.0.extra": torch.ones(1)}
     for name, change in wrong.items():
         save_file({k: t for k, t in {**old, name: change}.items() if t is not None}, "gpt/model.safetensors")

@@ -181,7 +181,7 @@ def test_initial_weights_and_sizes(m):
 # --- decoding --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
-def test_greedy_equals_transformers_and_the_uncached_loop(m, hf, changes):
+def test_greedy_equals_transformers_and_the_uncached_loop(m, hf, monkeypatch, changes):
     model = wide(m, 3, torch.float64, **changes)
     ids, other = ids_of(2, 3, 4), theirs(m, hf, model)
     new = m.generate(model, ids, 44)
@@ -191,7 +191,9 @@ def test_greedy_equals_transformers_and_the_uncached_loop(m, hf, changes):
         context = text if text.size(1) <= size else text[:, -(size // 2 + 1 + (text.size(1) - size - 1) % (size // 2)):]
         text = torch.cat((text, model(context)[:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(m.generate(model, ids, 60), text[:, 4:])
-    assert torch.equal(m.generate(model, ids, 9), new[:, :9])  # a cache of 13 places
+    sizes, cache = [], m.KVCache
+    monkeypatch.setattr(m, "KVCache", lambda size: (sizes.append(size), cache(size))[1])
+    assert torch.equal(m.generate(model, ids, 9), new[:, :9]) and sizes == [13]  # no more places than needed
 
 
 @torch.no_grad()
@@ -256,7 +258,8 @@ def test_rotation_settings_may_stand_in_either_place(m, change, theta, factor):
 @pytest.mark.parametrize("change, word", [
     (dict(model_type="mistral"), "model_type"), (dict(attention_bias=True), "attention_bias"),
     (dict(mlp_bias=True), "mlp_bias"), (dict(hidden_act="gelu"), "hidden_act"), (dict(head_dim=16), "head_dim"),
-    (dict(rms_norm_eps=1e-6), "rms_norm_eps"), (dict(rms_norm_eps=...), "rms_norm_eps"), (dict(sliding_window=4096), "sliding_window"),
+    (dict(rms_norm_eps=1e-6), "rms_norm_eps"), (dict(rms_norm_eps=...), "rms_norm_eps"),
+    (dict(sliding_window=4096), "sliding_window"),
     (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(rope_scaling=dict(
         rope_type="yarn", factor=8.0)), "rope_scaling"), (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=2.0, high_freq_factor=4.0,
@@ -353,6 +356,8 @@ def test_a_conversation(m, instruct, monkeypatch, capsys):
     m.main(m.Config(data="text.txt", out="run", **TINY))
     with pytest.raises(ValueError, match="needs a Llama 3 Instruct model"):
         m.main(m.Config(load="run", chat=True, device="cpu"))
+    with pytest.raises(ValueError, match="holds no model"):  # and does not train
+        m.main(m.Config(chat=True, device="cpu"))
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -368,7 +373,8 @@ def test_published_weights_write_and_are_tuned(m, hf, instruct, capsys):
     tuned = m.main(m.Config(load="chat", data="text.txt", out="tuned", **TINY))
     state = torch.load("tuned/ckpt.pt", weights_only=True)
     assert tuned.lm_head.weight.dtype == torch.float32 and not torch.equal(tuned.lm_head.weight, model.lm_head.weight)
-    assert (state["config"]["block_size"], state["config"]["n_embd"], state["config"]["rope_factor"]) == (12, 60, 8.0)
+    kept = [state["config"][name] for name in ("block_size", "n_embd", "vocab_size", "rope_factor")]
+    assert kept == [12, 60, 270, 8.0]
     m.main(m.Config(load="tuned", prompt="hello", device="cpu", max_new_tokens=3))
 
 

@@ -346,6 +346,8 @@ def test_chats_equal_the_published_template(m, instruct, chat, thinking):
     ids = ids if isinstance(ids, list) else ids["input_ids"]
     tokenizer = m.make_tokenizer("json", Path("chat/tokenizer.json").read_text())
     assert tokenizer.encode(m.chat_text(messages, thinking)) == ids and tokenizer.eos == 258
+    messages[0] = dict(role="assistant", content="<think>\ncut off in the middle of")  # is no answer at all
+    assert "cut" not in m.chat_text(messages)
 
 
 @pytest.mark.parametrize("chat", ["think", "direct"])
@@ -411,6 +413,13 @@ def test_loads_are_counted_by_hand_and_a_dense_model_has_none(m):
                   dict(n_experts=1)):
         with pytest.raises(ValueError, match="must divide"):
             m.main(m.Config(**TINY | wrong))
+
+
+def test_samples_are_cut_as_recommended(m, monkeypatch):
+    asked = []
+    monkeypatch.setattr(m, "generate", lambda model, ids, count, *how: (asked.append(how), torch.tensor([[1]]))[1])
+    assert m.write_text(None, m.make_tokenizer("char", "ab"), m.Config(device="cpu", temperature=0.6), "a", 3) == "b"
+    assert asked[0][:4] == (0.6, 20, 0.95, -1)
 
 
 def test_shakespeare_or_the_help_texts(m, monkeypatch, data_dir):
