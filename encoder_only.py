@@ -524,7 +524,6 @@ def train(model, cfg, train_data, val_data, spec, state=None, after_save=lambda:
         # A: With padding they count different numbers of tokens: of two rows with 10 and 90, a mean of means weighs
         #    the short one's tokens 9 times as much. Symptom: trading batch_size for grad_accum changes the loss.
         count, loss = (batch[-1] != IGNORE).sum().clamp(min=1), 0.0
-        # Micro-steps save memory: half a million tokens of GPT-2 124M at once would keep 390 GB of activations.
         for micro in zip(*(t.split(cfg.batch_size) for t in batch), strict=True):
             # Q: Why is there no GradScaler?
             # A: bfloat16 has float32's 8 exponent bits, so small gradients survive; it pays with precision, 2-3 digits.

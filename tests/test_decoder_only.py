@@ -96,6 +96,15 @@ def test_attention_equals_sdpa_with_gradients(m, T, S):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 7), (7,), (1, 7), (2, 1, 7), (2, 3, 7)])
+def test_linear_is_linear_with_gradients(m, shape):
+    x, w = torch.randn(shape, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    for a, b in zip(*([y, *torch.autograd.grad((y * y).sum(), inputs)] for inputs, y in (
+            (inputs, form(*inputs)) for form in (m.linear, F.linear)
+            for inputs in [(x.clone().requires_grad_(), w.clone().requires_grad_())])), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_logits_equal_transformers_in_both_directions(m, hf, seed):
     model = wide(m, seed, torch.float32)
