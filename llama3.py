@@ -6,7 +6,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-LLAMA 3 IN ONE FILE                              python llama3.py                  120 s on two CPU cores
+LLAMA 3 IN ONE FILE                              python llama3.py                  100 s on two CPU cores
 
 Paper    Llama Team 2024, The Llama 3 Herd of Models, arXiv 2407.21783; the block is LLaMA's, arXiv 2302.13971
 Idea     GPT-2 after five years of use: task and loop stay; RMSNorm, RoPE, grouped queries and SwiGLU replace four
@@ -15,7 +15,7 @@ Picture  ids (B,T) -> embed_tokens (B,T,C) -> n_layer x [x + self_attn(norm(x));
 Symbols  B batch   T tokens   S = past + T   C n_embd   H heads   K key/value heads   D = C/H   F ffn_size   V vocab
 New here RMSNorm, RoPE (in place of wpe) and Llama 3.1's stretch of it, GQA, SwiGLU, an untied head, chat
 Not here beam search (decoder_only.py), QK-norm and experts (qwen3_moe.py), prompts of unequal length (kv_cache.py)
-Expect   validation loss 1.64 nats per character after 2,000 steps on Tiny Shakespeare (decoder_only.py: 1.71)
+Expect   validation loss 1.64 nats per character after 2,000 steps on Tiny Shakespeare, 1.21 on Python's help texts
 Asked    What does RMSNorm leave out?   Half-split or interleaved?   Why are q and k turned, but not v?   Why fewer keys
          and values, but not fewer queries?   Why three matrices?   How much memory does an 8B model take?
 

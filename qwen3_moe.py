@@ -16,7 +16,8 @@ Symbols  B batch   T tokens   S = past + T   N = B*T   C n_embd   H heads   K ke
          E experts   k experts per token   F width of an expert
 New here QK-norm, router, expert dispatch, balancing by a loss or by a bias, chat with and without thinking
 Not here beam search (decoder_only.py), stretched RoPE (llama3.py), shared experts (Qwen3 has none), several GPUs
-Expect   validation loss 1.66 nats per character after 1,500 steps on Tiny Shakespeare, loads within 0.2 of their mean
+Expect   validation loss 1.65 nats per character after 1,500 steps on Tiny Shakespeare, the dense model 1.67 (3 seeds
+         each); the standard deviation of the experts' loads is 0.14 of their mean, without balancing 0.9
 Asked    What is QK-norm for?   Why do experts need balancing?   Why is the balancing loss k at equal load?   What does
          a mixture save, and what not?   Why no gradient through top-k?   Why divide the k weights by their sum?
 
