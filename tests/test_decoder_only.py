@@ -207,7 +207,7 @@ def test_a_prompt_in_pieces_equals_one_pass(m):
         cache = m.KVCache(9)
         parts = torch.cat([model(part, cache) for part in ids.split(pieces, 1)], 1)
         torch.testing.assert_close(parts, model(ids))
-        assert cache.length == 9
+        assert cache.length == 9 and {kv.size(3) for kv in cache.layers.values()} == {9}
 
 
 @torch.no_grad()
