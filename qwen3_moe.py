@@ -223,7 +223,7 @@ def experts_fast(x, chosen, weights, experts):
     order = chosen.flatten().argsort(stable=True)                              # (N*k)
     token = order // chosen.size(1)                                            # (N*k)
     counts = F.one_hot(chosen, len(experts)).sum((0, 1)).tolist()  # on a GPU tolist waits, once per layer
-    # index_select and not x[token]: its backward pass adds up whole rows, four times as fast on a CPU.
+    # index_select and not x[token]: its backward pass adds up whole rows, six times as fast on two cores.
     groups = zip(experts, x.index_select(0, token).split(counts), strict=True)
     y = torch.cat([expert(rows) for expert, rows in groups if len(rows)])      # (N*k, C)
     return torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order, None])  # (N, C)

@@ -724,6 +724,16 @@ def llama3(args):
                      for who, taken in seconds.items()]
             rows.append(("  ours is", f"{faster:9.2f} times as fast, same tokens: {same}"))
     print_table("Cached greedy decoding", rows)
+
+    # What a comment of the scripts claims: one row times GPT-2's head, doubled or as it is.
+    heads, row = [torch.randn(50257, 768) for _ in range(2)], torch.randn(1, 1, 768)  # two: none stays in a cache
+    with torch.inference_mode():
+        seconds = take_turns({"ours": timed(lambda: [m.linear(row, head) for head in heads]),
+                              "F.linear": timed(lambda: [torch.nn.functional.linear(row, head) for head in heads])}, 20)
+    results["one_row_times_a_head"] = {"shape": [50257, 768], "seconds_per_round": seconds,
+                                       "times_faster_than_linear": times_faster(seconds, "ours", "F.linear")}
+    print_table("One row times GPT-2's head", [
+        ("linear(x, weight)", f"{results['one_row_times_a_head']['times_faster_than_linear']:9.2f} times as fast")])
     return results
 
 
@@ -1017,6 +1027,25 @@ def qwen3_moe(args):
         rows.append(("  ours / eager, ours / grouped", f"{entry['time_ratio_to_eager']:.2f}, "
                      f"{entry['time_ratio_to_grouped']:.2f} of its time, losses within {entry['loss_difference']:.0e}"))
     print_table("Forward + backward, 2 layers, 64 experts, 8 per token", rows)
+
+    # What a comment of the script claims: the backward pass of picking rows, each of 4,096 tokens for 8 experts.
+    x, token = torch.randn(4096, 256, requires_grad=True), torch.randint(4096, (4096 * 8,))
+    grad = torch.randn(4096 * 8, 256)
+
+    def backward(pick):
+        def run():
+            x.grad, y = None, pick()
+            began = time.perf_counter()
+            y.backward(grad)
+            return time.perf_counter() - began
+        return run
+
+    seconds = take_turns({"index_select": backward(lambda: x.index_select(0, token)),
+                          "x[token]": backward(lambda: x[token])}, 20)
+    results["picking_rows_backward"] = {"tokens": 4096, "experts_per_token": 8, "seconds_per_round": seconds,
+                                        "times_faster_than_indexing": times_faster(seconds, "index_select", "x[token]")}
+    faster = results["picking_rows_backward"]["times_faster_than_indexing"]
+    print_table("Picking rows, backward", [("index_select", f"{faster:9.2f} times as fast as x[token]")])
     return results
 
 
