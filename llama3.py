@@ -404,8 +404,6 @@ def get_batch(data, rows, seed, step):
 
 
 # --- 5. Training: one loop, resumable bit for bit --------------------------------------------------------------------
-# All that is drawn is a function of (seed, step), so weights + optimizer + step number are the whole state of a run,
-# and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 #     lr |     ______
 #        |    /      `-.            warm-up: the first gradients are unreliable, keep steps small
 #        |   /          `.          top of the cosine: large steps, fast progress
@@ -458,6 +456,8 @@ def save_checkpoint(path, **state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+# All that is drawn is a function of (seed, step), so weights + optimizer + step number are the whole state of a run,
+# and a resumed run equals one that was never stopped, to the last bit (on a CPU).
 # Q: How much arithmetic is one training step?
 # A: About 6 operations per parameter and token (2 forward, 4 backward), attention scores not counted. GPT-2 124M with
 #    0.49 M tokens a step: 367 TFLOP, about 3 s on a GPU that really reaches 125 TFLOP/s.

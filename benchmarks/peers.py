@@ -6,6 +6,7 @@
     python benchmarks/peers.py llama3            cached greedy decoding: transformers' generate
     python benchmarks/peers.py qwen3_moe         forward + backward of a mixture: transformers' eager and grouped forms
     python benchmarks/peers.py kv_cache          one token at a time: transformers' generate, memory bandwidth
+    python benchmarks/peers.py flash_attention   forward, backward, errors: PyTorch's flash kernel (needs a CUDA GPU)
     python benchmarks/peers.py lora_qlora        one step of full fine-tuning, LoRA, QLoRA: peft's LoRA
     python benchmarks/peers.py dpo               one DPO step: two models and two forward passes
     python benchmarks/peers.py ppo_grpo          a rollout: transformers' generate
@@ -815,6 +816,75 @@ def kv_cache(args):
     return results
 
 
+# --- flash_attention -------------------------------------------------------------------------------------------------
+def kernel_errors(m, seed, dtype):
+    """One random case on the GPU -> [(our error, PyTorch's own error in this dtype)] for out, dq, dk, dv, both against
+    float64. PyTorch's own is the written-out form."""
+    import random
+
+    import torch
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    # Few head sizes and windows: the kernels are compiled anew for each.
+    K, D, B = rng.choice((1, 2)), rng.choice((37, 64, 80, 128)) if seed else 256, rng.choice((1, 2))
+    H, T, S = K * rng.choice((1, 4)), rng.randint(1, 600), rng.randint(1, 600)
+    options = {"causal": rng.random() < 0.7, "window": rng.choice((0, 0, 1, 100))}
+    if rng.random() < 0.4:
+        options["keep"] = (torch.rand(B, S, generator=generator) > rng.choice((0.2, 0.9, 1.1))).cuda()
+    inputs = [torch.randn(B, heads, n, D, generator=generator).to("cuda", dtype)
+              for heads, n in ((H, T), (K, S), (K, S), (H, T))]
+
+    def results(attend, dtype):
+        q, k, v, g = (x.to(dtype).requires_grad_() for x in inputs)
+        out = attend(q, k, v, **options)
+        return [out.double(), *(x.double() for x in torch.autograd.grad(out, (q, k, v), g))]
+    exact, theirs = results(m.naive_attention, torch.float64), results(m.naive_attention, dtype)
+    return [((a - c).abs().max().item(), (b - c).abs().max().item())
+            for a, b, c in zip(results(m.triton_attention, dtype), theirs, exact, strict=True)]
+
+
+def flash_attention(args):
+    """The Triton kernels: errors in random cases, and TFLOP/s beside PyTorch's FlashAttention-2, causal, bfloat16."""
+    import torch
+    import torch.nn.functional as F
+    if not torch.cuda.is_available():
+        sys.exit("error: this comparison needs a CUDA GPU")
+    import triton
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    m = load_script("flash_attention")
+    worst = {}
+    for dtype, cases in ((torch.bfloat16, 60), (torch.float32, 15)):
+        # FlashAttention's criterion: at most 2 x (gradients 3 x) the error of the written-out form, plus 1e-5.
+        shares = [max((ours - 1e-5) / max(theirs, 1e-12) / factor for (ours, theirs), factor in zip(
+            kernel_errors(m, seed, dtype), (2, 3, 3, 3), strict=True)) for seed in range(cases)]
+        worst[str(dtype)] = {"cases": cases, "worst_share_of_the_bound": max(shares)}
+    print("errors as a share of what is allowed:", worst, flush=True)
+
+    def median_ms(work):
+        return triton.testing.do_bench(work, warmup=20, rep=100, return_mode="median")
+    rows, figures = [], []
+    for D in (64, 128):
+        for T in (1024, 2048, 4096, 8192, 16384):
+            q, k, v, g = (torch.randn(16384 // T, 2048 // D, T, D, device="cuda", dtype=torch.bfloat16,
+                                      requires_grad=True) for _ in range(4))
+            operations, one = 4 * 16384 * T * 2048 / 2, {"head_size": D, "tokens": T}  # causal: half; backward 2.5 x
+
+            def flash(q=q, k=k, v=v):
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            for who, attend in (("ours", lambda q=q, k=k, v=v: m.triton_attention(q, k, v)), ("pytorch", flash)):
+                out = attend()
+                with torch.no_grad():
+                    one[f"{who}_forward"] = operations / median_ms(attend) / 1e9
+                one[f"{who}_backward"] = 2.5 * operations / median_ms(
+                    lambda out=out, q=q, k=k, v=v, g=g: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)) / 1e9
+            figures.append(one)
+            rows.append((f"D {D}, {T} tokens", "   ".join(
+                f"{way} {one[f'ours_{way}']:4.0f} TFLOP/s, {one[f'ours_{way}'] / one[f'pytorch_{way}']:.2f} x PyTorch's"
+                for way in ("forward", "backward"))))
+    print_table(f"Causal attention in bfloat16, {torch.cuda.get_device_name()}", rows)
+    return {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "errors": worst, "tflops": figures}
+
+
 # --- lora_qlora ------------------------------------------------------------------------------------------------------
 def lora_qlora(args):
     """One optimizer step of full fine-tuning, LoRA and QLoRA against peft's LoRA: 1,024 tokens, rank 16, two widths."""
@@ -1050,8 +1120,8 @@ def qwen3_moe(args):
 
 
 PEERS = {"decoder_only": decoder_only, "encoder_only": encoder_only, "encoder_decoder": encoder_decoder,
-         "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "lora_qlora": lora_qlora, "dpo": dpo,
-         "ppo_grpo": ppo_grpo, "bpe_tokenizer": bpe_tokenizer}
+         "llama3": llama3, "qwen3_moe": qwen3_moe, "kv_cache": kv_cache, "flash_attention": flash_attention,
+         "lora_qlora": lora_qlora, "dpo": dpo, "ppo_grpo": ppo_grpo, "bpe_tokenizer": bpe_tokenizer}
 
 
 def main(argv=None):
