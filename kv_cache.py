@@ -201,9 +201,10 @@ class Projection(nn.Linear):
         if torch.compiler.is_compiling() and rows == 1:
             # Trap: without a compiler this line writes out W * x before it sums, and is many times slower.
             y = (self.weight.to(x.dtype) * x.flatten()).sum(-1).view(*x.shape[:-1], -1)  # (B, T, O)
-        elif rows <= 8 and x.device.type == "cpu":
+        elif rows < 8 and x.device.type == "cpu":
             # CPU libraries split a product along the rows of its first factor, and a few rows are too few to split. The
-            # same product the other way round, W x^T, has thousands. (A single row is doubled: it wants a matrix.)
+            # same product the other way round, W x^T, has thousands: 2.5 times as fast for 1 row, 4.3 for 2, 1.8 for 5
+            # (results/peers_kv_cache.json). A single row is doubled, because the library takes a matrix for that path.
             columns = x.reshape(rows, -1).repeat(1 + (rows == 1), 1).t()
             y = (self.weight.to(x.dtype) @ columns)[:, :rows].t().reshape(*x.shape[:-1], -1)  # (B, T, O)
         else:
@@ -245,10 +246,10 @@ def attend(q, k, v, allowed):
     """q (B, H, T, D), k and v (B, K, S, D), allowed (B, 1, T, S) or None (causal, T = S) -> (B, H, T, D)."""
     if not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=True)
-    # One token: sums again, so that nothing is written in between. The H/K query heads of a group read the same keys.
+    # One token: sums again, so that nothing is written in between. G = H/K query heads read the same keys.
     B, H, _, D = q.shape
-    q = q.reshape(B, k.size(1), -1, 1, D) / math.sqrt(D)                       # (B, K, H/K, 1, D)
-    scores = (q * k[:, :, None]).sum(-1).masked_fill(~allowed, -math.inf)      # (B, K, H/K, S)
+    q = q.reshape(B, k.size(1), -1, 1, D) / math.sqrt(D)                       # (B, K, G, 1, D)
+    scores = (q * k[:, :, None]).sum(-1).masked_fill(~allowed, -math.inf)      # (B, K, G, S)
     return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(-2).view(B, H, 1, D)  # (B, H, 1, D)
 
 
@@ -322,6 +323,8 @@ def twin(model, int8=False, compiled=False):
     for part in new.modules():
         if int8 and isinstance(part, Projection):
             part.to_int8()  # the embedding stays: one row of it is looked up, nobody streams it
+    # What a compiler does here: it sees the operations of a layer as one program and writes new loops for them, in C++
+    # (Triton on a GPU), in which results go from one operation to the next in registers.
     # One layer is compiled and serves all: seconds of waiting instead of a minute for the unrolled whole. dynamic: one
     # version for all lengths. Fusing may go too far, the norm would be worked out anew inside each row of the product
     # that reads it: an intermediate result that is read more than once is to be stored (realize_reads_threshold).
@@ -475,6 +478,13 @@ def fit(model, cfg, data, loss_fn, steps, lr, after_step=lambda step: None):
 
 
 # --- 6. Decoding: one row, a draft and a judge, many rows ------------------------------------------------------------
+# Prompt a b c, two tokens d e to write. The newest token is always one that no model has read yet:
+#     prefill       read a b c at positions 0 1 2    the cache holds a b c      the logits behind c give d
+#     one token     read d     at position  3        the cache holds a b c d    those behind d give e, never read
+
+# Q: Why do greedy and sampled writing need the same machinery here?
+# A: Speculation compares two distributions. Greedy is the case that all probability lies on one token: a proposal is
+#    then kept if and only if it is the target's own choice, and the formulas need no second version.
 def distribution(logits, temperature):
     """logits (..., V) -> probabilities (..., V). Temperature 0: all on the likeliest, so greedy is a special case."""
     if temperature <= 0:
@@ -571,12 +581,14 @@ def speculate(target, draft, prompt, max_new_tokens, proposals=4, temperature=0.
         cache.lengths.fill_(cache.longest)
         return distribution(logits[0], temperature)
 
+    # Each round writes at least one token, the target's own: never fewer per pass than without a draft.
     while len(text) < end:
         n, guess, q = len(text), list(text), []
         for _ in range(proposals):
             q.append(judge(draft, caches[1], guess)[-1])
             guess.append(draw(q[-1][None], generator).item())
         p = judge(target, caches[0], guess)[-1 - proposals:]  # (k+1, V): after text, and after each guess
+        # The first refusal ends the round: what was proposed after it followed from a token that is not there.
         for i, token in enumerate(guess[n:]):
             if torch.rand((), generator=generator, device=device) * q[i][token] >= p[i][token]:  # refused
                 rest = (p[i] - q[i]).clamp(min=0)                              # (V)
@@ -693,11 +705,11 @@ def compare(target, draft, val_data, cfg):
     print(f"speculation, {cfg.proposals} proposals at temperature 1: {acceptance:.0%} accepted, "
           f"{speed['speculation']:.0f} tokens/s, plain {speed['plain']:.0f}; greedy tokens equal: {exact}")
 
-    # 32 prompts: answers that differ tenfold in length, and answers of about one length to long prompts.
+    # tenfold: short prompts, every fourth answer 100 tokens and the others 10. alike: long prompts, 9 to 11 tokens.
     queue = {}
-    for label, length, budgets in (("tenfold", 16, [100 if i % 4 == 0 else 10 for i in range(32)]),
-                                   ("alike", 128, [9 + i % 3 for i in range(32)])):
+    for label, length, answer in (("tenfold", 16, lambda i: 10 if i % 4 else 100), ("alike", 128, lambda i: 9 + i % 3)):
         prompts, answers = [row[:length - i % 4].tolist() for i, row in enumerate(val_data[0][:32])], {}
+        budgets = [answer(i) for i in range(len(prompts))]
 
         # The usual way: the next batch begins when the longest answer of this one has ended.
         def batches(prompts=prompts, budgets=budgets, answers=answers):
@@ -745,6 +757,14 @@ def stepper(model, kind, context, room):
     return lambda: read(model, one, cache, one[0])
 
 
+# The ladder, 125M shape, two cores, tokens per second behind 128 and 4,096 others (results/kv_cache.json):
+#     none       L128  L4096      everything again
+#     growing    L128  L4096      copies the past
+#     static     L128  L4096      copies nothing
+#     compiled   L128  L4096      one pass over each matrix
+#     int8       L128  L4096      a quarter of the bytes
+#     window     L128  L4096      forgets: the length of the text does not matter
+#
 # Q: Why is int8 not four times as fast?
 # A: A step takes bytes / bandwidth and a fixed time besides (calls, norms, softmax), and the cache is not rounded:
 #    behind 4,096 tokens of the 125M shape it is 100 MB, as much as all int8 weights together.
@@ -753,6 +773,9 @@ def climb(cfg, contexts):
     """Time all rungs with random weights of this shape. -> results."""
     torch.manual_seed(cfg.seed)
     dtype, N = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, 8
+    # Trap on GPUs: cuDNN's attention makes a new plan for every length, that is, for every token that is written. The
+    # 8B shape wrote 18 tokens a second with it and 38 without (H200, static).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.device(cfg.device):
         model = Llama(cfg).to(dtype).requires_grad_(False)
     # The rungs differ in two things: how the model computes, and what keeps its keys and values.
@@ -760,7 +783,7 @@ def climb(cfg, contexts):
     rungs = {"none": (model, None), "growing": (model, GrowingStore), "static": (model, StaticStore),
              "compiled": (fast, StaticStore), "int8": (rounded, StaticStore), "window": (fast, WindowStore)}
     # Read by a plain sum, larger than any processor's cache: what memory really gives, not what its label says.
-    buffer = torch.zeros(2 ** (30 if cfg.device.startswith("cuda") else 26), device=cfg.device)  # float32: 256 MiB
+    buffer = torch.ones(2 ** (30 if cfg.device.startswith("cuda") else 26), device=cfg.device)  # float32: 256 MiB
     prompt, tokens = torch.randint(cfg.vocab_size, (1, 32)).tolist(), {}
     results = dict(read_bandwidth_gb_s={}, same_tokens={}, **{key: {rung: {} for rung in rungs} for key in (
         "tokens_per_second", "bandwidth_fraction")})

@@ -746,23 +746,27 @@ def kv_cache(args):
     transformers.logging.set_verbosity_error()
     m = load_script("kv_cache")
     rounds, new, prompt = args.rounds or 9, 64, 32
-    cfg = m.Config(**m.PRESETS["125m"])
-    ours = m.build_model(cfg).eval()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        m.save_pretrained(ours, ours.cfg, folder)
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    cfg = m.Config(**m.PRESETS["125m"], device="cpu")
+    torch.manual_seed(0)
+    ours = m.Llama(cfg).requires_grad_(False).eval()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd, intermediate_size=cfg.ffn_size, rms_norm_eps=1e-5,
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
+        rope_theta=10_000.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)).eval()
+    theirs.load_state_dict(ours.state_dict())
     ids = torch.randint(3, cfg.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
-    rungs, kept = ("gqa", "compiled", "int8", "int8-cache"), {}
-    models = {rung: m.on_rung(ours, rung) for rung in rungs}
+    models = {"growing": ours, "static": ours, "compiled": m.twin(ours, compiled=True),
+              "int8": m.twin(ours, int8=True, compiled=True)}
+    kinds, kept = {"growing": m.GrowingStore}, {}
 
     def with_ours(rung):
         def run():
-            # Reading the prompt is not what is compared: decode alone is timed, on both sides.
-            logits, cache = m.prefill(models[rung], ids, None, prompt + new)
-            tokens, began = [logits.argmax(-1)], time.perf_counter()
+            # Reading the prompt is not what is compared: decoding alone is timed, on both sides.
+            cache, one = m.Cache(models[rung], kinds.get(rung, m.StaticStore), 1, prompt + new), torch.ones(1).long()
+            tokens = [m.read(models[rung], ids, cache, prompt * one).argmax(-1)]
+            began = time.perf_counter()
             for _ in range(new - 1):
-                logits, cache = m.decode_step(models[rung], tokens[-1], cache)
-                tokens.append(logits.argmax(-1))
+                tokens.append(m.read(models[rung], tokens[-1][:, None], cache, one).argmax(-1))
             taken = (time.perf_counter() - began) / (new - 1)
             kept[rung] = torch.stack(tokens, 1)
             return taken
@@ -778,7 +782,7 @@ def kv_cache(args):
         kept["transformers"], long = write(new)
         return (long - write(1)[1]) / (new - 1)
 
-    # The bandwidth is that of the faster of two ways to read 400 MB: torch's sum, and a compiled maximum.
+    # The bandwidth is that of the faster of two ways to read 400 MB, neither zeros: torch's sum, a compiled maximum.
     buffer = torch.randn(100_000_000)
     fastest = torch.compile(lambda x: x.abs().amax())
     ways = {"sum": buffer.sum, "compiled amax": lambda: fastest(buffer)}
@@ -793,16 +797,16 @@ def kv_cache(args):
             return statistics.median(taken)
         return run
 
-    seconds = take_turns({**{rung: with_ours(rung) for rung in rungs}, "transformers": with_transformers,
+    seconds = take_turns({**{rung: with_ours(rung) for rung in models}, "transformers": with_transformers,
                           **{way: read(way) for way in ways}}, rounds)
     reads = [min(pair) for pair in zip(*(seconds[way] for way in ways), strict=True)]
-    size = {rung: m.streamed_bytes(models[rung], prompt + new // 2, 4) for rung in rungs}
+    size = {rung: m.streamed_bytes(one, prompt + new // 2, m.StaticStore) for rung, one in models.items()}
     results = {"transformers": transformers.__version__, "parameters": sum(p.numel() for p in ours.parameters()),
                "prompt": prompt, "new_tokens": new, "seconds_per_token_per_round": seconds,
-               "read_gb_s": 0.4 / statistics.median(reads), "streamed_bytes": size, "rungs": {}}
+               "read_gb_s": 0.4 / statistics.median(reads), "streamed_bytes": size, "rungs": {}, "products": {}}
     rows = [("memory is read at", f"{results['read_gb_s']:9.1f} GB/s"),
             ("transformers", f"{1e3 * statistics.median(seconds['transformers']):9.2f} ms a token")]
-    for rung in rungs:
+    for rung in models:
         share = statistics.median(size[rung] / taken / (4e8 / read_in)
                                   for taken, read_in in zip(seconds[rung], reads, strict=True))
         results["rungs"][rung] = {
@@ -812,6 +816,17 @@ def kv_cache(args):
         one = results["rungs"][rung]
         rows.append((rung, f"{one['ms_per_token']:9.2f} ms a token, {one['times_faster_than_transformers']:.2f} times "
                            f"as fast, {share:.0%} of the bandwidth, same tokens: {one['same_tokens']}"))
+
+    # What comments of the script claim: a few rows times 40 matrices (250 MB), as x W^T and as (W x^T)^T.
+    matrices = [torch.randn(2048, 768) for _ in range(40)]
+    for count in (1, 2, 5, 8):
+        x = torch.randn(count, 768)
+        doubled = x.repeat(1 + (count == 1), 1).t()
+        taken = take_turns({
+            "x W^T": timed(lambda x=x: [torch.nn.functional.linear(x, W) for W in matrices]),
+            "W x^T": timed(lambda doubled=doubled: [W @ doubled for W in matrices])}, rounds)
+        results["products"][count] = times_faster(taken, "W x^T", "x W^T")
+        rows.append((f"a product of {count} rows", f"{results['products'][count]:9.2f} times as fast as (W x^T)^T"))
     print_table(f"Decoding, {results['parameters'] / 1e6:.0f} M parameters, one row", rows)
     return results
 
@@ -882,7 +897,8 @@ def flash_attention(args):
                 f"{way} {one[f'ours_{way}']:4.0f} TFLOP/s, {one[f'ours_{way}'] / one[f'pytorch_{way}']:.2f} x PyTorch's"
                 for way in ("forward", "backward"))))
     print_table(f"Causal attention in bfloat16, {torch.cuda.get_device_name()}", rows)
-    return {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "errors": worst, "tflops": figures}
+    return {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "errors": worst, "tflops": figures,
+            "measured": "causal, bfloat16, batch * tokens = 16,384, heads * D = 2,048; pytorch: SDPA, FLASH_ATTENTION"}
 
 
 # --- lora_qlora ------------------------------------------------------------------------------------------------------
