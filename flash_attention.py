@@ -254,7 +254,8 @@ def tiled_attention(q, k, v, causal=True, window=0, keep=None, tile=128):
 
     causal, window, keep: see the top of this section. The result is exact (FlashAttention-2, algorithms 1 and 2).
     """
-    assert q.size(1) % k.size(1) == 0 and k.shape == v.shape, "q is (B, H, T, D), k and v are (B, K, S, D), K divides H"
+    assert q.shape[::3] == k.shape[::3] and k.shape == v.shape and q.size(1) % k.size(1) == 0 and window >= 0 and (
+        keep is None or keep.shape == k.shape[::2]), "q (B, H, T, D), k and v (B, K, S, D), K divides H, keep (B, S)"
     # Sums are float32 at least: the 8 bits of a bfloat16 would be used up after 256 terms.
     T, wide = q.size(2), torch.promote_types(q.dtype, torch.float32)
     rows = to_rows(q.to(wide), k.size(1)) / math.sqrt(q.size(-1))              # (B, K, R, D)
@@ -379,7 +380,7 @@ if triton is not None:
                 at = bh * T * D + row[:, None] * D + dim                           # BM x D
                 rows = tl.load(q + at, mask=row[:, None] < T, other=0.0)           # BM x D
                 g = tl.load(grad + at, mask=row[:, None] < T, other=0.0)           # BM x D
-                total = tl.load(lse + bh * T + row, mask=row < T, other=float("inf"))  # BM inf: no weight behind T
+                total = tl.load(lse + bh * T + row, mask=row < T, other=0.0)   # BM; behind T g is 0, and so is all else
                 own = tl.load(delta + bh * T + row, mask=row < T, other=0.0)       # BM
                 # Transposed, (BN, BM): p^T and ds^T are then what the products below want first.
                 p = tl.exp2(tl.dot(keys, tl.trans(rows), input_precision="ieee") * (scale * LOG2E) - total[None, :])
@@ -410,8 +411,8 @@ class TritonAttention(torch.autograd.Function):
         ctx.small = q.dtype == torch.float32 or D > 128
         ctx.args = scale, T, S, H, K, D, causal, window, keep is not None
         sizes = dict(BM=32, BN=32) if ctx.small else dict(BM=64, BN=64, num_warps=4, num_stages=3)
-        # A kernel takes addresses: bool as bytes, and without a mask any address, which is not read.
-        kept = q if keep is None else keep.contiguous().view(torch.int8)
+        # A kernel takes addresses: bool as bytes, and without a mask any address, since it is not read.
+        kept = q if keep is None else keep.to(torch.int8).contiguous()
         forward_kernel[triton.cdiv(T, sizes["BM"]), B * H](q, k, v, kept, out, lse, *ctx.args, **sizes)
         ctx.save_for_backward(q, k, v, kept, out, lse)
         return out                                                             # (B, H, T, D)
@@ -439,7 +440,8 @@ def triton_attention(q, k, v, causal=True, window=0, keep=None):
         raise ValueError("the Triton kernels need a CUDA GPU (or TRITON_INTERPRET=1 and patience)")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or (q.dtype == torch.bfloat16 and interpreted):
         raise ValueError(f"no Triton kernel for {q.dtype} here: float32, float16 or (on a GPU alone) bfloat16")
-    assert q.size(1) % k.size(1) == 0 and k.shape == v.shape, "q is (B, H, T, D), k and v are (B, K, S, D), K divides H"
+    assert q.shape[::3] == k.shape[::3] and k.shape == v.shape and q.size(1) % k.size(1) == 0 and window >= 0 and (
+        keep is None or keep.shape == k.shape[::2]), "q (B, H, T, D), k and v (B, K, S, D), K divides H, keep (B, S)"
     # tl.arange and tl.dot want powers of 2, and at least 16: zeros are added to D, which change no product.
     D = q.size(-1)
     if more := max(16, triton.next_power_of_2(D)) - D:
@@ -747,9 +749,11 @@ def plot(path, panels):
 
 def main(cfg):
     """Measure errors, train with and without the matrix, measure time and memory. -> the second model, or None."""
-    if cfg.n_head % cfg.n_kv_head or cfg.n_embd % (2 * cfg.n_head) or cfg.attention not in ATTENTION:
-        raise ValueError(f"n_kv_head must divide n_head, 2 * n_head n_embd; attention is one of {', '.join(ATTENTION)}")
     lengths, began, model = [int(n) for n in cfg.lengths.split(",") if n], time.perf_counter(), None
+    if min(cfg.n_head, cfg.n_kv_head, cfg.batch_size, cfg.block_size, cfg.max_steps + 1, *lengths) < 1 or (
+            cfg.n_head % cfg.n_kv_head or cfg.n_embd % (2 * cfg.n_head) or cfg.attention not in ATTENTION):
+        raise ValueError(f"n_kv_head must divide n_head, and 2 * n_head n_embd; numbers start at 1, max_steps at 0; "
+                         f"attention is one of {', '.join(ATTENTION)}")
     forms = list(dict.fromkeys(["naive", cfg.attention, "tiled", "sdpa"]))
     results = dict(max_error={form: max_error(form, cfg.device) for form in forms}, val_loss={}, training_seconds={},
                    milliseconds={form: {} for form in forms}, peak_mb={form: {} for form in forms})

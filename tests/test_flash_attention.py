@@ -81,7 +81,7 @@ def test_error_is_that_of_the_number_format(m, seed, dtype):
 
 
 EDGES = [(T, S) for T, S in itertools.product((1, 15, 16, 17, 31, 32, 33), repeat=2)] + [
-    (T, T + more) for T in (5, 16, 40) for more in (15, 16, 17)]
+    (T, T + more) for T in (5, 16, 40) for more in (14, 15, 16, 17)]
 
 
 @pytest.mark.parametrize("window", [0, 1, 15, 16, 17])
@@ -125,7 +125,7 @@ def test_kernels_in_the_interpreter(m, seed):
 
 
 @TRITON
-@pytest.mark.parametrize("T, S", [(1, 40), (31, 31), (32, 32), (33, 33), (32, 63), (33, 65), (63, 32)])
+@pytest.mark.parametrize("T, S", [(1, 40), (31, 31), (32, 32), (33, 33), (32, 63), (33, 63), (33, 65), (63, 32)])
 def test_kernels_at_every_edge(m, T, S):
     """Tiles are 32 x 32 in float32."""
     keep = torch.rand(1, S, generator=torch.Generator().manual_seed(T)) > 0.5
@@ -238,10 +238,14 @@ def test_a_second_derivative_is_refused(m):
 
 def test_shapes_that_do_not_fit(m):
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 3, 5, 8)
-    for wrong in ((q, k, k), (q, q, q[:, :, :3])):
-        for attend in (m.tiled_attention, m.triton_attention):
+    keep = torch.ones(1, 5, dtype=torch.bool)
+    for attend in (m.tiled_attention, m.triton_attention):
+        for wrong in ((q, k, k), (q, q, q[:, :, :3]), (q.expand(2, 4, 5, 8), q, q), (q, q, q, True, -1),
+                      (q, q, q, True, 0, keep[:, :3])):
             with pytest.raises(AssertionError, match="K divides H"):
                 attend(*wrong)
+    keep[0, 2] = False  # numbers do for bool in the kernels, whatever their width
+    torch.testing.assert_close(m.triton_attention(q, q, q, keep=keep.long()), m.naive_attention(q, q, q, keep=keep))
 
 
 def test_tiled_attention_lifts_out(m, tmp_path):
@@ -291,6 +295,24 @@ def test_the_model_is_the_same_with_any_attention(m, name):
     changed[:, 25] += 1
     moved = (model(ids) - model(changed % 31)).abs().amax((0, 2)) > 1e-6
     assert moved.tolist() == [t >= 25 for t in range(40)]
+    # Distances count, not places: moving all tokens by 5 changes nothing, stretching their distances does.
+    x, angle = torch.randn(1, 9, 32), torch.arange(40)[:, None] * torch.rand(4).repeat(2)
+    out = [model.blocks[0](x, angle[places].cos(), angle[places].sin()) for places in (
+        slice(0, 9), slice(5, 14), slice(0, 18, 2))]
+    torch.testing.assert_close(out[0], out[1], atol=1e-5, rtol=1e-4)
+    assert (out[0] - out[2]).abs().max() > 1e-2
+
+
+def test_fit_returns_the_loss_of_every_step(m):
+    torch.manual_seed(0)
+    ids = torch.randint(9, (30, 21))
+    data, cfg = (ids[:, :-1], ids[:, 1:]), m.Config(**SMALL | dict(vocab_size=9, attention="naive"))
+    model, steps = m.TinyLlama(cfg), []
+    first = m.compute_loss(model, *m.get_batch(data, cfg.batch_size, cfg.seed, 0)).item() / 40
+    losses = m.fit(model, cfg, data, m.compute_loss, 30, 3e-3, steps.append)
+    assert losses[0] == pytest.approx(first) and len(losses) == 30 == len(steps) and min(losses[-5:]) < first - 0.1
+    with pytest.raises(ValueError, match="not finite"):
+        m.fit(model, cfg, data, lambda *batch: m.compute_loss(*batch) * math.nan, 2, 3e-3)
 
 
 def test_a_run_tells_what_it_measured(m, tmp_path, monkeypatch, capsys):
@@ -310,7 +332,8 @@ def test_a_run_tells_what_it_measured(m, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("args, words", [
     ("--attention fast", "attention is one of"), ("--lengths 12,x", "invalid literal"), ("--data nowhere", "nowhere"),
-    ("--attention triton", "need a CUDA GPU"), ("--n-head 3", "must divide"), ("--tiles 3", "unrecognized")])
+    ("--attention triton", "need a CUDA GPU"), ("--n-head 3", "must divide"), ("--lengths 0", "start at 1"),
+    ("--tiles 3", "unrecognized")])
 def test_mistakes_cost_one_line(m, tmp_path, args, words):
     done = subprocess.run([sys.executable, m.__file__, *args.split(), "--device", "cpu"], cwd=tmp_path,
                           capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
