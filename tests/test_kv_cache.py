@@ -182,6 +182,13 @@ def test_compiled_int8_is_int8(m):
     assert torch.equal(m.write(fast, prompt, 12), m.write(rounded, prompt, 12))
 
 
+def test_without_a_compiler_the_rungs_still_run(m, monkeypatch, capsys):
+    monkeypatch.setattr(m.shutil, "which", lambda name: None)
+    plain = m.twin(build(m), compiled=True)
+    assert "no C++ compiler" in capsys.readouterr().out
+    assert all(layer._compiled_call_impl is None for layer in plain.model.layers)
+
+
 # --- the ring --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("window, sinks", [(6, 0), (6, 2), (1, 0), (3, 4)])
 def test_a_ring_is_attention_to_the_newest_and_the_first(m, window, sinks):
