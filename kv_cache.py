@@ -186,7 +186,7 @@ class Cache:
         like = model.model.embed_tokens.weight.detach()
         self.layers = [kind(model.cfg, rows, size, like) for _ in model.model.layers]
         self.lengths, self.longest = torch.zeros(rows, dtype=torch.int64, device=like.device), 0
-        self.size = model.cfg.sinks + model.cfg.window if kind is WindowStore else size
+        self.size = model.cfg.sinks + model.cfg.window if kind is WindowStore else size + 1
 
 
 # The slow part of everything: a matrix times one token.
@@ -209,7 +209,7 @@ class Projection(nn.Linear):
             y = (self.weight.to(x.dtype) * x.flatten()).sum(-1).view(*x.shape[:-1], -1)  # (B, T, O)
         elif rows < 8 and x.device.type == "cpu":
             # CPU libraries split a product along the rows of its first factor, and a few rows are too few to split. The
-            # same product the other way round, W x^T, has thousands: 2.5 times as fast for 1 row, 4.3 for 2, 1.8 for 5
+            # same product the other way round, W x^T, has thousands: 2.4 times as fast for 1 row, 4.3 for 2, 1.7 for 5
             # (results/peers_kv_cache.json). A single row is doubled: for one column the library has a slow routine.
             columns = x.reshape(rows, -1).repeat(1 + (rows == 1), 1).t()
             y = (self.weight.to(x.dtype) @ columns)[:, :rows].t().reshape(*x.shape[:-1], -1)  # (B, T, O)

@@ -140,6 +140,16 @@ def test_what_stands_behind_a_row_is_never_seen(m):
         torch.testing.assert_close(found[row], alone)
 
 
+def test_a_full_cache_is_never_silently_wrong(m):
+    """Made for 6 tokens, with a column to spare: the seventh is right, and the eighth an error."""
+    model, ids = build(m), torch.tensor(prompts_of(15, 8))
+    cache, one = m.Cache(model, m.StaticStore, 1, 6), torch.ones(1, dtype=torch.long)
+    for t in range(7):
+        torch.testing.assert_close(m.read(model, ids[:, t:t + 1], cache, one), model(ids[:, :t + 1])[:, -1])
+    with pytest.raises(IndexError):
+        m.read(model, ids[:, 7:], cache, one)
+
+
 def test_greedy_and_sampling(m):
     logits = torch.tensor([[0.0, math.log(3.0), -1e9]]).repeat(2, 1)
     assert m.distribution(logits, 0).tolist() == [[0, 1, 0]] * 2
