@@ -19,9 +19,9 @@ Symbols  B batch   T new tokens   S columns in sight   C n_embd   H query heads 
 New here three caches, a compiled step, int8 weights, a ring with sinks, speculative decoding, rows of unequal length, a
          queue of prompts, the ruler (bytes / bandwidth). The model is llama3.py's
 Not here paged caches, int8 caches, int4, several GPUs, published weights (llama3.py)
-Expect   125m shape, tokens per second behind 128 others: none 7, growing 47, static 47, compiled 67 (78 % of what is
-         possible), int8 190. The small models: 43 % of the proposals accepted, 1.26 x as fast as plain writing; a queue
-         2.5 x as fast as padded batches where answers differ tenfold, no faster where they are alike (47 passes to 44)
+Expect   125m shape, tokens per second behind 128 others: none 7, growing 47, static 47, compiled 64 (76 % of what is
+         possible), int8 184. The small models: 43 % of the proposals accepted, 1.22 x as fast as plain writing; a queue
+         2.5 x as fast as padded batches where answers differ tenfold, 0.92 x where they are alike (47 passes to 44)
 Asked    Why is writing slow when reading is fast?   How fast can it be?   What does copying cost?   Why does compiling
          help?   What may be rounded?   Why is speculation exact?   Why is a padded batch slow?
 
@@ -764,12 +764,12 @@ def stepper(model, kind, context, room):
 
 
 # The ladder, 125M shape, two cores, tokens per second behind 128 and 4,096 others (results/kv_cache.json):
-#     none        6.7   0.17      everything again
-#     growing      47     30      copies the past
-#     static       47     35      copies nothing
-#     compiled     67     43      one pass over each matrix
-#     int8        190     79      a quarter of the bytes
-#     window       67     65      forgets: the length of the text does not matter
+#     none        7.0   0.16      everything again
+#     growing      47     29      copies the past
+#     static       47     33      copies nothing
+#     compiled     64     42      one pass over each matrix
+#     int8        184     76      a quarter of the bytes
+#     window       65     62      forgets: the length of the text does not matter
 # On a GPU the calls from Python set the pace: the 8B shape in bfloat16 on an H200 writes 42 growing and 126 compiled,
 # 46 % of what 4,157 GB/s allow, and int8 gains nothing. Replaying a recorded graph of the calls is the cure (not here).
 #
