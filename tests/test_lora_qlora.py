@@ -2,16 +2,14 @@
 
     pytest tests/test_lora_qlora.py --script my_lora.py      grade your own file
 """
-
 import copy
 import gc
+import inspect
 import json
 import math
-import os
 import random
 import subprocess
 import sys
-import time
 import weakref
 
 import pytest
@@ -23,22 +21,22 @@ TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj".split(",")
 
 
 def config(m, **changes):
-    """A model small enough for a test; sizes are pairwise different."""
-    return m.Config(**{**dict(vocab_size=83, n_layer=2, n_head=6, n_kv_head=2, n_embd=48, head_size=10, ffn_size=80,
-                              block_size=40, init_std=0.2, device="cpu", data="numbers"), **changes})
+    return m.Config(**{**dict(device="cpu", base_steps=2, max_steps=3, batch_size=8, examples=20, rank=3), **changes})
 
 
 def small(m, seed=0, **changes):
-    return m.build_model(config(m, seed=seed, **changes)).eval()
+    """A model small enough for a test; sizes are pairwise different."""
+    torch.manual_seed(seed)
+    return m.Llama(m.BASE | dict(hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2,
+                                 vocab_size=83) | changes).eval()
 
 
 def disturb(model, seed=0):
     """Give the adapters values that they could have after training."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
         if ".lora_" in name:
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.data = parameter.data * (1 + 0.2 * noise) if "magnitude" in name else 0.2 * noise
+            p.data = 0.2 * torch.randn(p.shape, generator=g).to(p)
     return model
 
 
@@ -46,130 +44,107 @@ def ids_of(seed=0, rows=3, length=9, V=83):
     return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------- the adapter
+def bases(m):
+    """Frozen layers an adapter may stand beside: with and without a bias, in other dtypes, in four bits."""
+    torch.manual_seed(0)
+    return [nn.Linear(64, 40), nn.Linear(64, 40, bias=False), nn.Linear(64, 40).double(), nn.Linear(64, 40).bfloat16(),
+            m.NF4Linear(nn.Linear(64, 40)), m.NF4Linear(nn.Linear(64, 40, bias=False).bfloat16())]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_detour_is_a_matrix_of_rank_r(m, seed):
-    torch.manual_seed(seed)
-    M, size, out, R, scale = 7, 11 + seed, 13, 1 + seed, 0.7
-    x, W, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
-                  for shape in ((M, size), (out, size), (R, size), (out, R)))
-    y = m.lora_linear(x, x @ W.t(), A, B, scale)
-    torch.testing.assert_close(y, x @ (W + scale * B @ A).t())
-    assert torch.autograd.gradcheck(lambda x, A, B: m.lora_linear(x, x @ W.detach().t(), A, B, scale), (x, A, B))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_new_adapter_changes_nothing(m, dora, dtype):
-    base, ids = small(m).to(dtype), ids_of()
-    before = base(ids)
-    adapted = m.add_lora(base, TARGETS, 3, 8.0, dora=dora)
-    if dora:  # m / |W| is 1 up to the last digit
-        torch.testing.assert_close(adapted(ids), before, rtol=0, atol=1e-5)
-    else:
-        assert torch.equal(adapted(ids), before)
-    kinds = {parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" in name}
-    assert kinds == {dtype}
+# --- the adapter -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("which", range(6))
+def test_the_layer_is_base_plus_s_b_a(m, which):
+    base = bases(m)[which]
+    x = torch.randn(2, 5, 64).to(base.weight.dtype if which < 4 else torch.float32).requires_grad_()
+    before = base(x)
+    layer = m.LoRALinear(base, 3, 6.0)
+    assert torch.equal(layer(x), before)  # a new adapter changes nothing
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A.weight", "lora_B.weight"]
+    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+    layer.lora_B.weight.data = torch.randn(40, 3)
+    y, A, B = layer(x), layer.lora_A.weight, layer.lora_B.weight
+    tolerance = dict(rtol=0.02, atol=0.05) if before.dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    wanted = before + (2.0 * (x.float() @ A.t()) @ B.t()).to(before.dtype)
+    torch.testing.assert_close(y, wanted, **tolerance)
+    ours = torch.autograd.grad(y.float().square().sum(), (A, B, x))
+    theirs = torch.autograd.grad(wanted.float().square().sum(), (A, B, x))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"])
 
 
 def test_scales_and_beginnings(m):
-    linear = nn.Linear(400, 300, bias=False)
-    plain, root = m.LoRALinear(linear, 16, 8.0), m.LoRALinear(linear, 16, 8.0, rslora=True)
-    assert plain.scale == 0.5 and root.scale == 2.0
+    plain = m.LoRALinear(nn.Linear(400, 300), 16, 8.0)
+    assert plain.scale == 0.5 and m.LoRALinear(nn.Linear(400, 300), 16, 8.0, rslora=True).scale == 2.0
     A = plain.lora_A.weight
     assert A.abs().max() <= 1 / 20 and A.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.05)
     assert not plain.lora_B.weight.any()
-    with pytest.raises(ValueError, match="rank of at least 1"):
-        m.LoRALinear(linear, 0, 8.0)
 
 
-def test_dropout_is_on_the_detour_only(m):
+def test_dropout_is_on_the_adapter_only(m):
     torch.manual_seed(0)
-    linear = nn.Linear(64, 8, bias=False)
-    layer = disturb(nn.ModuleDict({"x": m.LoRALinear(linear, 4, 8.0, dropout=0.5)}))["x"].train()
-    x = torch.randn(500, 64)
+    linear = nn.Linear(64, 8)
+    layer, x = m.LoRALinear(linear, 4, 8.0, dropout=0.5), torch.randn(500, 64)
+    layer.lora_B.weight.data.normal_()
     frozen, whole = linear(x), layer.eval()(x)
     outputs = torch.stack([layer.train()(x) for _ in range(300)])
     assert (outputs[0] - outputs[1]).abs().max() > 0.01
     # The mean over many masks is the output without dropout: kept inputs are scaled up by 1 / (1 - p).
-    assert ((outputs.mean(0) - whole).abs().mean() / (whole - frozen).abs().mean()) < 0.15
+    assert (outputs.mean(0) - whole).abs().mean() / (whole - frozen).abs().mean() < 0.15
     layer.dropout = 1 - 1e-9
     torch.testing.assert_close(layer(x), frozen, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_merged_equals_unmerged_and_back(m, dora, quantised):
-    base = m.quantise_model(small(m).double()) if quantised else small(m).double()
-    model, ids = disturb(m.add_lora(base, TARGETS, 3, 8.0, dora=dora)).eval(), ids_of()
-    before = model(ids)
-    first = next(iter(m.adapters(model).values()))
-    assert len(m.adapters(model)) == 14
-    with pytest.raises(RuntimeError, match="not merged"):
-        first.unmerge()
-    for adapter in m.adapters(model).values():
-        adapter.merge()
-    with pytest.raises(RuntimeError, match="merged already"):
-        first.merge()
-    torch.testing.assert_close(model(ids), before, rtol=0, atol=1e-10)
-    assert not torch.equal(first.merged, first.base_layer.weight)
-    with pytest.raises(RuntimeError, match="nothing here can learn"):
-        model.train()(ids)
-    model.eval()
-    for adapter in m.adapters(model).values():
-        adapter.unmerge()
-    assert torch.equal(model(ids), before)
-    plain = m.merge_adapters(model)
-    assert not m.adapters(plain) and not any(isinstance(one, m.NF4Linear) for one in plain.modules())
-    torch.testing.assert_close(plain(ids), before, rtol=0, atol=1e-10)
-
-
-def test_a_bfloat16_weight_is_rounded_once(m):
-    torch.manual_seed(0)
-    linear = nn.Linear(64, 64, bias=False).bfloat16()
-    layer = m.LoRALinear(linear, 4, 8.0)
-    layer.lora_B.weight.data = 0.002 * torch.randn(64, 4)
-    assert layer.lora_A.weight.dtype == torch.float32
-    exact = linear.weight.float() + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
-    assert torch.equal(layer.merged_weight(), exact.bfloat16())
+@pytest.mark.parametrize("which", range(4))
+def test_merge_and_unmerge(m, which):
+    """Case 6: a bias survives. Merged equals unmerged, and back is exact."""
+    base = bases(m)[which]
+    weight, layer = base.weight.data.clone(), m.LoRALinear(base, 3, 6.0).eval()
+    layer.lora_B.weight.data.normal_()
+    x = torch.randn(4, 64).to(weight.dtype)
+    before = layer(x)
+    with pytest.raises(AssertionError, match="not merged"):
+        layer.unmerge()
     layer.merge()
+    tolerance = dict(rtol=0.05, atol=0.05) if which == 3 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), before, **tolerance)
+    exact = weight.float() + 2.0 * layer.lora_B.weight @ layer.lora_A.weight
+    assert torch.equal(base.weight, exact.to(weight.dtype))  # rounded once
+    with pytest.raises(AssertionError, match="merged already"):
+        layer.merge()
     layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, linear.weight)
+    assert torch.equal(base.weight, weight) and torch.equal(layer(x), before)
 
 
-def test_dora_rescales_rows(m):
-    torch.manual_seed(0)
-    linear = nn.Linear(20, 12, bias=False).double()
-    layer = m.LoRALinear(linear, 3, 6.0, dora=True)
-    disturb(nn.ModuleDict({"x": layer}))
-    total = linear.weight + 2.0 * layer.lora_B.weight @ layer.lora_A.weight
-    torch.testing.assert_close(layer.row_norms(), total.norm(dim=1).detach())
-    x, magnitude = torch.randn(5, 20, dtype=torch.float64), layer.lora_magnitude_vector
-    wanted = x @ (magnitude[:, None] * total / total.norm(dim=1, keepdim=True)).t()
-    torch.testing.assert_close(layer(x), wanted)
-    # The norm is a constant in backward: the gradient of B is that of the formula with the norm detached.
-    ours, = torch.autograd.grad(layer(x).square().sum(), layer.lora_B.weight)
-    held = x @ (magnitude[:, None] * total / total.norm(dim=1, keepdim=True).detach()).t()
-    theirs, = torch.autograd.grad(held.square().sum(), layer.lora_B.weight)
-    torch.testing.assert_close(ours, theirs)
+def test_codes_refuse_to_merge(m):
+    with pytest.raises(AssertionError, match="no nn.Linear"):
+        m.LoRALinear(bases(m)[4], 3, 6.0).merge()
+
+
+def test_the_layer_needs_nothing_else(m):
+    """Pasted into an empty file, beside any nn.Linear; quantize and dequantize with the table and the map."""
+    space = {}
+    imports = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
+    exec(imports + inspect.getsource(m.LoRALinear), space)
+    layer = space["LoRALinear"](nn.Linear(5, 4), 2, 2.0)
+    layer(torch.randn(3, 5)).sum().backward()
+    layer.merge()
+    space = {"NF4": m.NF4}
+    exec("import functools, math, torch\nimport torch.nn.functional as F\n" + "\n\n".join(
+        inspect.getsource(f) for f in (m.dynamic_map, m.quantize_nf4, m.dequantize_nf4)), space)
+    weight = torch.randn(8, 16)
+    back = space["dequantize_nf4"]((8, 16), *space["quantize_nf4"](weight))
+    assert torch.equal(back, m.dequantize_nf4((8, 16), *m.quantize_nf4(weight)))
 
 
 def test_only_adapters_learn(m):
-    for quantised in (False, True):
-        model = small(m)
-        if quantised:
-            m.quantise_model(model)
-        m.add_lora(model, ["q_proj", "mlp.down_proj"], 3, 8.0)
-        # whole paths and endings of paths both name layers; L * R * (in + out) numbers each
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 3 * (48 + 60 + 80 + 48)
-        assert m.parameter_count(model) == m.parameter_count(small(m)) + 2 * 3 * (48 + 60 + 80 + 48)
+    for quantized in (False, True):
+        model = m.quantize_model(small(m)) if quantized else small(m)
+        m.add_lora(model, ["q_proj", "mlp.down_proj", "model.layers.1.self_attn.k_proj"], 3, 8.0)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * (2 * (96 + 128) + 48 + 16)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = m.make_optimizer(model, config(m, lr=0.1))
         for step in range(2):
-            m.compute_loss(model, (ids_of(step), ids_of(step + 1)), model.cfg)[0].backward()
-            assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+            m.compute_loss(model, ids_of(step), ids_of(step + 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
         for name, tensor in model.state_dict().items():
@@ -177,53 +152,40 @@ def test_only_adapters_learn(m):
 
 
 def test_unknown_targets_are_named(m):
-    with pytest.raises(ValueError, match=r"no linear layer is called 'query'; there are down_proj, gate_proj.*q_proj"):
-        m.add_lora(small(m), ["q_proj", "query"], 3, 8.0)
-    with pytest.raises(ValueError, match="no linear layer is called 'proj'"):  # whole names, not ends of names
-        m.add_lora(small(m), ["proj"], 3, 8.0)
+    for target in ("query", "proj"):  # whole names, not ends of names
+        with pytest.raises(ValueError, match=rf"no linear layer is called '{target}'; there are down_proj, gate_proj"):
+            m.add_lora(small(m), ["q_proj", target], 3, 8.0)
 
 
-# ---------------------------------------------------------------------------------------- four bits
-
-
+# --- four bits -------------------------------------------------------------------------------------------------------
 def test_the_table_follows_from_the_normal_distribution(m):
-    p = 1 - (1 / 30 + 1 / 32) / 2
-    quantile = torch.special.ndtri
-    negative = quantile(torch.linspace(p, 0.5, 9, dtype=torch.float64)[:-1])
-    positive = quantile(torch.linspace(p, 0.5, 8, dtype=torch.float64)[:-1])
-    table = torch.cat((positive, torch.zeros(1, dtype=torch.float64), -negative)).sort().values
-    # the larger half has eight values: as published, on the positive side
-    table = torch.cat((-positive, torch.zeros(1, dtype=torch.float64), negative)).sort().values
+    p, quantile = 1 - (1 / 30 + 1 / 32) / 2, torch.special.ndtri
+    positive = quantile(torch.linspace(p, 0.5, 9, dtype=torch.float64)[:-1])
+    negative = -quantile(torch.linspace(p, 0.5, 8, dtype=torch.float64)[:-1])
+    table = torch.cat((negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
     torch.testing.assert_close(m.NF4, (table / table.max()).float(), rtol=0, atol=3e-7)
 
 
-@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_bits_equal_bitsandbytes(m, seed, double):
+def test_bits_equal_bitsandbytes(m, seed):
     functional = pytest.importorskip("bitsandbytes.functional")
     rng = random.Random(seed)
     torch.manual_seed(seed)
     shape = (rng.randint(1, 300), 64 * rng.randint(1, 9))
     weight = torch.randn(shape) * 10 ** rng.uniform(-4, 2)
-    if seed % 3 == 0:  # rows without anything, rows alike, outliers
+    if seed % 3 == 0:  # rows without anything, outliers
         weight[: shape[0] // 3] = 0
         weight[-1, 0] = 1000.0
-    elif seed % 3 == 1:
+    elif seed % 3 == 1:  # rows alike
         weight = weight[0].expand(shape).contiguous() * (1 + torch.rand(shape[0], 1))
     if seed % 4 == 3:
         weight = weight.bfloat16()
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
-    ours = m.quantise_nf4(weight, double)
-    assert torch.equal(ours["codes"], codes.flatten())
-    assert torch.equal(ours["absmax"], state.absmax)
-    if double:
-        assert torch.equal(ours["nested_absmax"], state.state2.absmax) and torch.equal(ours["offset"], state.offset)
-    theirs = functional.dequantize_4bit(codes, state)
-    assert torch.equal(m.dequantise_nf4(shape, **ours, dtype=weight.dtype), theirs)
-    # and they are the nearest: no value of the table is nearer than half the widest gap
-    block = weight.float().abs().view(-1, 64).amax(1).repeat_interleave(64).view(shape)
-    if not double and weight.dtype == torch.float32:
-        assert ((theirs - weight).abs() <= block * 0.5 * 0.31).all()
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    codes, scales, group, offset = m.quantize_nf4(weight)
+    assert torch.equal(codes, theirs.flatten()) and torch.equal(scales, state.absmax)
+    assert torch.equal(group, state.state2.absmax) and torch.equal(offset, state.offset)
+    back = m.dequantize_nf4(shape, codes, scales, group, offset)
+    assert torch.equal(back.to(weight.dtype), functional.dequantize_4bit(theirs, state))
 
 
 def test_the_dynamic_map_is_the_published_one(m):
@@ -235,488 +197,339 @@ def test_the_dynamic_map_is_the_published_one(m):
 def test_any_shape_can_be_stored(m, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    for double in (False, True):
-        back = m.dequantise_nf4(shape, **m.quantise_nf4(weight, double))
-        assert back.shape == weight.shape and (back - weight).abs().max() < 0.2 * weight.abs().max()
+    back = m.dequantize_nf4(shape, *m.quantize_nf4(weight))
+    assert back.shape == weight.shape and (back - weight).abs().max() < 0.2 * weight.abs().max()
 
 
 def test_resident_bytes(m):
-    linear = nn.Linear(2048, 2048, bias=False)
-    for double, bits in ((True, 4 + 8 / 64 + 32 / (64 * 256)), (False, 4.5)):
-        layer = m.NF4Linear(linear, double)
-        held = m.bytes_of([*layer.parameters(), *layer.buffers()])
-        assert 8 * held / 2 ** 22 == pytest.approx(bits, rel=0.01)
-        # no other tensor hangs on the module
-        assert not [value for value in vars(layer).values() if torch.is_tensor(value)]
-    assert 4 + 8 / 64 + 32 / (64 * 256) == pytest.approx(4.127, abs=1e-3)
+    layer = m.NF4Linear(nn.Linear(2048, 2048, bias=False))
+    bits = 8 * m.bytes_of([*layer.parameters(), *layer.buffers()]) / 2 ** 22
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=0.001) and bits < 4.2
+    assert not [value for value in vars(layer).values() if torch.is_tensor(value)]  # nothing else hangs on the module
 
 
-def test_the_product_and_its_gradient(m):
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_and_its_gradient(m, bias):
+    """Case 6: with a bias, too."""
     torch.manual_seed(0)
-    layer = m.NF4Linear(nn.Linear(128, 96, bias=False))
-    x = torch.randn(2, 5, 128, requires_grad=True)
-    dense = layer.weight
-    assert not dense.requires_grad and (dense - dense.round()).abs().max() > 0
-    y = layer(x)
-    torch.testing.assert_close(y, F.linear(x, dense))
-    gradient = torch.randn_like(y)
-    torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], gradient @ dense)
+    linear = nn.Linear(128, 96, bias=bias)
+    layer, x = m.NF4Linear(linear), torch.randn(2, 5, 128, requires_grad=True)
+    dense = layer.dequantized()
+    torch.testing.assert_close(layer(x), F.linear(x, dense, linear.bias))
+    assert (dense - linear.weight).abs().max() < 0.2 * linear.weight.abs().max()
+    grad = torch.randn(2, 5, 96)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), x, grad)[0], grad @ dense)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert m.NF4Linear(nn.Linear(64, 3, bias=False).bfloat16())(x[..., :64].bfloat16()).dtype == torch.bfloat16
+        assert m.LoRALinear(layer, 3, 6.0)(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_no_dequantised_copy_stays_alive(m, monkeypatch):
+def test_no_dequantized_copy_stays_alive(m, monkeypatch):
     """Not between forward and backward, and not after it."""
-    model = m.add_lora(m.quantise_model(small(m)), TARGETS, 3, 8.0)
-    seen, make = [], m.dequantise_nf4
+    model = m.add_lora(m.quantize_model(small(m)), TARGETS, 3, 8.0)
+    seen, kept, make = [], [], m.dequantize_nf4
 
-    def watched(*args, **kwargs):
-        weight = make(*args, **kwargs)
+    def watched(*args):
+        weight = make(*args)
         seen.append(weakref.ref(weight.untyped_storage()))
         return weight
 
-    monkeypatch.setattr(m, "dequantise_nf4", watched)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        loss = m.compute_loss(model, (ids_of(), ids_of(1)), model.cfg)[0]
+    monkeypatch.setattr(m, "dequantize_nf4", watched)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        loss = m.compute_loss(model, ids_of(), ids_of(1))
     gc.collect()
     assert len(seen) == 14 and not any(ref() is not None for ref in seen)
-    shapes = {(layer.out_features, layer.in_features) for layer in m.adapters(model).values()}
-    assert kept and not any({tuple(shape), tuple(shape[::-1])} & shapes for shape in kept)
+    shapes = {(layer.out_features, layer.in_features) for layer in model.modules() if isinstance(layer, m.NF4Linear)}
+    assert kept and not any({shape, shape[::-1]} & shapes for shape in kept)
     loss.backward()
     gc.collect()
-    # 14 in forward; in backward all but q, k and v of the first layer, below which nothing learns
+    # 14 in forward; in backward all but q, k and v of the first layer, below which nothing learns.
     assert len(seen) == 14 + 11 and not any(ref() is not None for ref in seen)
 
 
-def test_what_is_quantised(m):
-    model = m.quantise_model(small(m))
+def test_what_is_quantized(m):
+    model = m.quantize_model(small(m))
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     assert sum(kind == "NF4Linear" for kind in kinds.values()) == 14
     assert kinds["lm_head"] == "Linear" and kinds["model.embed_tokens"] == "Embedding"
-    assert model.model.norm.weight.dtype == torch.float32
-    full, small_one = m.bytes_of(small(m).parameters()), m.bytes_of([*model.parameters(), *model.buffers()])
-    matrices = 2 * (2 * 48 * 60 + 2 * 48 * 20 + 3 * 48 * 80)
-    # small matrices pay for a whole group of 256 scales: a little more than 4.127 bits
-    assert full - 4 * matrices < small_one < full - 4 * matrices + matrices * 4.6 / 8
 
 
-# ---------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("changes", [dict(), dict(rslora=True), dict(dora=True), dict(targets="q_proj,v_proj", rank=7)])
-def test_peft_loads_ours_and_we_load_its(m, tmp_path, changes):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    cfg = config(m, **{**dict(rank=5, alpha=12.0), **changes})
-    base, ids = m.build_model(cfg).eval(), ids_of()
-    m.save_pretrained(base, base.cfg, tmp_path / "base")
-    load = transformers.LlamaForCausalLM.from_pretrained
-    plain = base(ids)
-    ours = disturb(m.add_lora(base, cfg.targets.split(","), cfg.rank, cfg.alpha, rslora=cfg.rslora, dora=cfg.dora), 3)
-    m.save_adapter(ours, cfg, tmp_path / "base", tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(ids), theirs(ids).logits, rtol=0, atol=1e-5)
-        assert (ours(ids) - plain).abs().max() > 0.01
-
-    # The other way round, with values of its own.
-    settings = peft.LoraConfig(r=cfg.rank, lora_alpha=int(cfg.alpha), target_modules=cfg.targets.split(","),
-                               use_rslora=cfg.rslora, use_dora=cfg.dora, task_type="CAUSAL_LM")
-    theirs = disturb(peft.get_peft_model(load(tmp_path / "base"), settings), 4).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    again, _ = m.from_pretrained(tmp_path / "base")
-    found = m.load_adapter(again, tmp_path / "theirs")
-    assert found["r"] == cfg.rank
-    with torch.no_grad():
-        torch.testing.assert_close(again.eval()(ids), theirs(ids).logits, rtol=0, atol=1e-5)
-        # Merged, it is a Llama again, which transformers reads.
-        merged = m.merge_adapters(again)
-        m.save_pretrained(merged, merged.cfg, tmp_path / "merged")
-        whole = load(tmp_path / "merged").eval()(ids).logits
-        torch.testing.assert_close(whole, theirs(ids).logits, rtol=0, atol=1e-4)
-
-
-def test_writing_with_an_adapter_equals_peft(m, tmp_path):
-    """Greedy and beams, in float64, prompts of different length; merged and not."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    cfg = config(m, rank=5)
-    base = m.build_model(cfg).eval().double()
-    m.save_pretrained(base, base.cfg, tmp_path / "base")
-    ours = disturb(m.add_lora(base, TARGETS, cfg.rank, cfg.alpha), 3).eval()
-    m.save_adapter(ours, cfg, tmp_path / "base", tmp_path / "adapter")
-    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval().double()
-    ids, mask = ids_of(), torch.ones(3, 9, dtype=torch.bool)
-    mask[0, :4] = False
-    for options in (dict(), dict(num_beams=3)):
-        with torch.no_grad():
-            wanted = theirs.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=8, do_sample=False,
-                                     pad_token_id=0, eos_token_id=None, **options)[:, 9:]
-        for merged in (False, True):
-            for adapter in m.adapters(ours).values():
-                adapter.merge() if merged else None
-            if options:
-                found = m.beam_search(ours, ids, 8, mask=mask, num_beams=3)[0][:, 0]
-            else:
-                found = m.generate(ours, ids, 8, mask=mask)
-            assert torch.equal(found, wanted)
-        for adapter in m.adapters(ours).values():
-            adapter.unmerge()
-
-
-@pytest.mark.parametrize("damage, words", [
-    (dict(peft_type="IA3"), "peft_type"), (dict(bias="all"), "bias"), (dict(fan_in_fan_out=True), "fan_in_fan_out"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(rank_pattern={"q_proj": 3}), "rank_pattern"),
-    (dict(init_lora_weights="pissa"), "pissa"), (dict(r=4), "was made for another one"),
-    (dict(use_dora=True), "has no tensor .*lora_magnitude_vector")])
-def test_foreign_adapters_are_refused(m, tmp_path, damage, words):
-    cfg = config(m, rank=5)
-    model = m.add_lora(m.build_model(cfg), TARGETS, 5, 8.0)
-    m.save_adapter(model, cfg, "base", tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    with pytest.raises(ValueError, match=words):
-        m.load_adapter(m.build_model(cfg), tmp_path)
-
-
-def test_an_adapter_for_other_shapes_is_refused(m, tmp_path):
-    cfg = config(m, rank=5)
-    m.save_adapter(m.add_lora(m.build_model(cfg), TARGETS, 5, 8.0), cfg, "base", tmp_path)
-    with pytest.raises(ValueError, match=r"down_proj.lora_B.weight has the shape \(48, 5\), this base needs \(56, 5\)"):
-        m.load_adapter(small(m, n_embd=56), tmp_path)
-    with pytest.raises(ValueError, match="no linear layer is called 'model.layers.1"):
-        m.load_adapter(small(m, n_layer=1), tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="damaged"):
-        m.load_adapter(m.build_model(cfg), tmp_path)
-
-
-def test_merging_some_adapters_leaves_no_four_bits(m, tmp_path):
-    model = disturb(m.add_lora(m.quantise_model(small(m)), ["q_proj", "v_proj"], 3, 8.0))
-    before = model(ids_of())
-    m.save_pretrained(m.merge_adapters(model), model.cfg, tmp_path)
-    torch.testing.assert_close(m.from_pretrained(tmp_path)[0](ids_of()), before, rtol=0, atol=1e-4)
-    assert m.energy_within(m.update_spectra(small(m), m.add_lora(disturb(small(m)), ["q_proj"], 3, 8.0)) | {
-        "x": torch.tensor([2.0, 1.0, 0.0])}, 1) == pytest.approx(0.8)
-
-
-def test_a_bfloat16_base_without_autocast(m):
-    model = m.add_lora(small(m).bfloat16(), TARGETS, 3, 8.0)
-    assert model(ids_of()).dtype == torch.bfloat16
-    model(ids_of()).float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-
-
-def test_checkpoints_hold_what_is_trained(m, tmp_path):
-    model = disturb(m.add_lora(m.quantise_model(small(m)), TARGETS, 3, 8.0))
-    optimizer = m.make_optimizer(model, model.cfg)
-    m.save_checkpoint(tmp_path / "ckpt.pt", model, optimizer, 7, model.cfg, {})
-    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert set(state["model"]) == {name for name, _ in model.named_parameters() if "lora_" in name}
-    other = m.add_lora(m.quantise_model(small(m)), TARGETS, 3, 8.0)
-    assert m.load_checkpoint(tmp_path / "ckpt.pt", other, None, model.cfg)[0] == 7
-    assert torch.equal(other(ids_of()), model(ids_of()))
-    with pytest.raises(SystemExit, match="does not fit this model"):
-        m.load_checkpoint(tmp_path / "ckpt.pt", m.add_lora(small(m), ["q_proj"], 3, 8.0), None, model.cfg)
-    with pytest.raises(SystemExit, match="does not fit this model"):
-        m.load_checkpoint(tmp_path / "ckpt.pt", m.add_lora(small(m), TARGETS, 4, 8.0), None, model.cfg)
-
-
-# ---------------------------------------------------------------------------------------- data
-
-
-def test_the_old_form(m):
-    assert m.old_names(24) == ["four and twenty"] and m.old_names(0) == ["zero"] and m.old_names(40) == ["forty"]
-    assert m.old_names(40215) == ["forty thousand two hundred fifteen", "forty thousand two hundred and fifteen"]
-    assert set(m.old_names(1001)) == {"one thousand one", "one thousand and one"}
-    assert m.old_names(100) == ["one hundred"] and m.old_names(2000) == ["two thousand"]
-    longest = max((name for name in m.old_names(777777)), key=len)
-    assert longest == ("seven hundred and seven and seventy thousand "
-                       "seven hundred and seven and seventy") and len(longest.split()) == 13
-    for n in random.Random(0).sample(range(1_000_000), 300):
-        names = m.old_names(n)
-        assert len(set(names)) == len(names) and len(names) in (1, 2, 4)
-        # without "and", and with tens before units again, every name is the modern one
-        for name in names:
-            words = name.split()
-            for i in range(1, len(words) - 1):
-                if words[i] == "and" and words[i - 1] in m.UNITS[1:10] and words[i + 1] in m.TENS:
-                    words[i - 1:i + 2] = [words[i + 1], words[i - 1], ""]
-            assert [word for word in words if word not in ("and", "")] == m.number_to_words(n).split()
-
-
-def test_the_floor_is_the_entropy_of_the_choices(m):
-    cfg = config(m, vocab_size=48)
-    tokenizer = m.ToyTokenizer()
-    _, (inputs, targets), info = m.adapt_data(cfg, tokenizer)
-    total = 0.0
-    for row in inputs.tolist():
-        n = int("".join(m.TOY_VOCAB[i] for i in row if m.TOY_VOCAB[i].isdigit()))
-        total += math.log(len(m.old_names(n)))
-    assert info["floor"] == pytest.approx(total / (targets != m.IGNORE).sum().item())
-    numbers = {tokenizer.decode(row).split("=")[0].removeprefix("old ") for row in inputs.tolist()}
-    assert all(m.is_validation(int(n)) for n in numbers)
-
-
-def test_pairs_become_rows(m):
-    inputs, targets = m.answer_rows([([5, 6, 7], [8, 0, 9]), ([5], [6, 2]), ([1] * 9, [3])], 6)
-    I = m.IGNORE  # noqa: E741
-    assert inputs.tolist() == [[5, 6, 7, 8, 0], [5, 6, 2, 0, 0]]
-    assert targets.tolist() == [[I, I, 8, 0, 9], [6, 2, I, I, I]]
-    # too long: cut behind block_size inputs; a pair whose prompt fills the row is dropped
-    inputs, targets = m.answer_rows([([5, 6, 7], [8, 0, 9]), ([1] * 5, [3])], 4)
-    assert inputs.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[I, I, 8, 0]]
-
-
-def test_batches_lose_their_padding_and_nothing_else(m):
-    inputs, targets = m.answer_rows([([5, 6, 7], [8, 0, 9]), ([5], [6, 2]), ([5], [6, 2, 4])], 30)
-    short = m.prepare((inputs[1:], targets[1:]), None)
-    assert short[0].shape == (2, 3)
-    model = small(m)
-    whole = m.compute_loss(model, (inputs[1:], targets[1:]), model.cfg)
-    cut = m.compute_loss(model, short, model.cfg)
-    torch.testing.assert_close(whole[0], cut[0])
-    assert whole[1] == cut[1] == 5
-
-
-def test_prompts_and_pads_get_no_gradient(m):
-    inputs, targets = m.answer_rows([([5, 6, 7], [8, 4, 9]), ([5], [6, 2])], 30)
-    logits = torch.randn(2, inputs.size(1), 83, requires_grad=True)
-    m.compute_loss(lambda ids: logits, (inputs, targets), config(m))[0].backward()
-    assert logits.grad[0].abs().sum(-1).bool().tolist() == [False, False, True, True, True]
-    assert logits.grad[1].abs().sum(-1).bool().tolist() == [True, True, False, False, False]
-
-
-def test_instructions_are_read(m, tmp_path):
-    path = tmp_path / "my.json"
-    path.write_text(json.dumps([{"instruction": "Add.", "input": "1 2", "output": "3"},
-                                {"instruction": "Hello?", "output": "Hi."}]))
-    (first, answer), (second, _) = m.read_instructions(path)
-    assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n") and answer == "3"
-    assert "### Input" not in second
-    for wrong in ("{}", "[1]", '[{"instruction": "x"}]', "nonsense"):
-        path.write_text(wrong)
-        with pytest.raises(ValueError):
-            m.read_instructions(path)
-
-
-# ---------------------------------------------------------------------------------------- measures
-
-
-def test_steps_are_measured_and_teach_nothing(m):
-    base = small(m, vocab_size=48)
-    models = {method: m.make_ready(copy.deepcopy(base), method, config(m, rank=3)) for method in m.METHODS}
-    before = {method: {k: v.clone() for k, v in model.state_dict().items()} for method, model in models.items()}
-    rows = m.number_rows(m.draw_numbers(100, 0, False), m.ToyTokenizer())
-    figures = m.measure_steps(models, rows, config(m, batch_size=5), rounds=2)
-    for method, model in models.items():
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert all(torch.equal(tensor, before[method][name]) for name, tensor in model.state_dict().items())
-        assert figures[method]["gradients"] == 4 * trained
-        # two moments, and a step counter per tensor
-        assert 8 * trained < figures[method]["optimizer"] < 8 * trained + 8 * len(list(model.parameters()))
-        assert figures[method]["ms"] > 0
-    assert figures["qlora"]["weights"] < figures["full"]["weights"] < figures["lora"]["weights"]
-
-
-def test_spectra(m):
-    base = small(m)
-    adapted = disturb(m.add_lora(small(m), TARGETS, 3, 8.0))
-    spectra = m.update_spectra(base, adapted)
-    assert len(spectra) == 14
-    for s in spectra.values():
-        assert (s[:3] > 1e-3).all() and (s[3:] < 1e-4 * s[0]).all()
-    assert m.energy_within(spectra, 3) == pytest.approx(1.0)
-    other = small(m, seed=1)
-    full = m.update_spectra(base, other)
-    name = "0.mlp.up_proj"
-    change = other.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight
-    torch.testing.assert_close(full[name], torch.linalg.svdvals(change))
-    assert 0 < m.energy_within(full, 3) < m.energy_within(full, 9) < 1
-
-
-def test_the_memory_estimate_knows_what_is_frozen(m):
-    need = {method: m.memory_gb(config(m, method=method, head_size=8), 10**9) for method in ("full", "lora", "qlora")}
-    assert need["full"]["optimizer"] == pytest.approx(8.0) and need["lora"]["optimizer"] < 0.01
-    assert need["qlora"]["weights"] < need["lora"]["weights"] + 0.01
-
-
-# ---------------------------------------------------------------------------------------- runs
-
-
-SHORT = ("--n-layer 1 --n-embd 32 --n-head 2 --n-kv-head 1 --ffn-size 64 --base-steps 30 --max-steps 20 "
-         "--eval-every 10 --save-every 10 --batch-size 16 --rank 2").split()
-
-
-def run(m, cwd, *args, timeout=300):
-    return subprocess.run([sys.executable, "-I", m.__file__, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout)
-
-
-@pytest.fixture(scope="module")
-def trained(m, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    done = run(m, folder, *SHORT, "--out", "a")
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-def test_a_run_reports(m, trained):
-    folder, done = trained
-    summary = json.loads((folder / "a" / "summary.json").read_text())
-    for key in ("val_loss", "exact_match", "trainable_parameters", "weight_bytes", "step_ms"):
-        assert set(summary["results"][key]) == {"base", "full", "lora", "qlora"}, key
-    for name in summary["figures"]:
-        assert (folder / "a" / name).stat().st_size > 10_000
-    assert "right, old form" in done.stdout and "ms per step" in done.stdout
-    losses = summary["results"]["val_loss"]
-    assert max(losses["full"], losses["lora"], losses["qlora"]) < losses["base"]
-
-
-def test_loading_writes_what_the_run_wrote(m, trained, monkeypatch, capsys):
-    folder, _ = trained
-    sample = (folder / "a" / "sample.txt").read_text().splitlines()
-    monkeypatch.chdir(folder)
-
-    def write(*args):
-        capsys.readouterr()
-        model, _ = m.main(m.parse_config(m.Config, m.PRESETS, ["--prompt", "old 24=", *args]))
-        assert bool(m.adapters(model)) == ("--merge" not in args and "lora" in args[1])
-        return capsys.readouterr().out.strip()
-    for method in ("base", "full", "lora", "qlora"):
-        wanted = next(line for line in sample if line.startswith(f"{method:<6}old 24=")).split("old 24=")[1]
-        for extra in ([], ["--merge"]):
-            assert write("--load", f"a/{method}", *extra,
-                         *(["--method", "qlora"] if method == "qlora" else [])) == f"old 24={wanted}".strip()
-    for options in (["--beams", "3"], ["--temperature", "1", "--top-k", "5"]):
-        assert write("--load", "a/lora", *options).startswith("old 24=")
-
-
-def test_resume_repeats_the_run(m, trained):
-    """Killed in the middle of the second adaptation: what was finished is not repeated, the rest comes out equal."""
-    folder, _ = trained
-    process = subprocess.Popen([sys.executable, "-I", m.__file__, *SHORT, "--out", "b"], cwd=folder,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for _ in range(2000):
-        if (folder / "b" / "lora" / "ckpt.pt").is_file():
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    stamp = (folder / "b" / "full" / "ckpt.pt").stat().st_mtime_ns
-    done = run(m, folder, "--resume", "--out", "b")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "b" / "full" / "ckpt.pt").stat().st_mtime_ns == stamp
-    for name in ("base", "full", "lora", "qlora"):
-        a, b = (torch.load(folder / which / name / "ckpt.pt", weights_only=True) for which in "ab")
-        assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
-        assert all(torch.equal(tensor, b["model"][key]) for key, tensor in a["model"].items())
-    drop = ("seconds", "step_ms")
-    a, b = (json.loads((folder / which / "summary.json").read_text())["results"] for which in "ab")
-    assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
-
-
-def test_a_stage_on_another_base_is_not_continued(m, trained, monkeypatch, capsys):
-    """A foreign checkpoint of the base, and adapters that stand on another one: both begin anew."""
-    folder, _ = trained
-    monkeypatch.chdir(folder)
-
-    def go(*args):
-        m.main(m.parse_config(m.Config, m.PRESETS, [*args, "--out", "c"]))
-        return torch.load(folder / "c" / "lora" / "ckpt.pt", weights_only=True)
-    first = go(*SHORT, "--method", "lora", "--seed", "1")
-    (folder / "c" / "base" / "ckpt.pt").write_bytes((folder / "a" / "base" / "ckpt.pt").read_bytes())
-    (folder / "c" / "lora" / "ckpt.pt").write_bytes((folder / "a" / "lora" / "ckpt.pt").read_bytes())
-    again = go("--resume")
-    assert all(torch.equal(tensor, again["model"][key]) for key, tensor in first["model"].items())
-    # What only looks at the result may differ, and the stages are still taken as they are.
-    stamps = [(folder / "c" / name / "ckpt.pt").stat().st_mtime_ns for name in ("base", "lora")]
-    go("--resume", "--prompt", "24=", "--temperature", "0.5", "--merge")
-    assert stamps == [(folder / "c" / name / "ckpt.pt").stat().st_mtime_ns for name in ("base", "lora")]
-    assert (folder / "c" / "lora" / "merged" / "model.safetensors").is_file()
-
-
-@pytest.fixture(scope="module")
-def llama(m, tmp_path_factory):
-    """A base from elsewhere: transformers' own folder, and a tokenizer of characters."""
+# --- files -----------------------------------------------------------------------------------------------------------
+def save_base(m, folder, **changes):
+    """A Llama of transformers, random, in a folder. -> that folder."""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("llama")
-    chars = "".join(sorted(set(map(chr, range(32, 127))) | {"\n"}))
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048))
-    model.save_pretrained(folder / "base")
-    (folder / "base" / "tokenizer_spec.json").write_text(json.dumps({"kind": "char", "chars": chars}))
-    (folder / "my.json").write_text(json.dumps(
-        [{"instruction": f"Say {i}.", "output": f"{i}!"} for i in range(60)]))
-    (folder / "my.txt").write_text("so many words about nothing at all, " * 200)
+    cfg = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+               vocab_size=83, eos_token_id=1, bos_token_id=None, initializer_range=0.2) | changes
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**cfg)).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("data", ["my.json", "my.txt"])
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_a_checkpoint_is_adapted(m, llama, data, method, monkeypatch, capsys):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    monkeypatch.chdir(llama)
-    out = f"{method}-{data}"
-
-    def call(*args):
-        return m.main(m.parse_config(m.Config, m.PRESETS, [*args, "--max-new-tokens", "5", "--data", data]))
-    call("--checkpoint", "base", "--method", method, "--max-steps", "12", "--eval-every", "6", "--batch-size", "4",
-         "--lr", "0.01", "--full-lr", "0.003", "--out", out, "--block-size", "200", "--merge")
-    rows = [json.loads(line) for line in (llama / out / method / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["val_loss"] < rows[0]["loss"]
-    load, ids = transformers.LlamaForCausalLM.from_pretrained, ids_of()
-    capsys.readouterr()
-    call("--load", f"{out}/{method}", "--prompt", "Say 7.")
-    assert capsys.readouterr().out.startswith("Say 7.")
-    # Finished, it is not trained again, although temperature and the rest have other defaults here than in the toy run.
-    stamp = (llama / out / method / "ckpt.pt").stat().st_mtime_ns
-    m.main(m.parse_config(m.Config, m.PRESETS, ["--resume", "--out", out]))
-    assert (llama / out / method / "ckpt.pt").stat().st_mtime_ns == stamp
-    if method == "lora":  # what was saved merged is what PEFT computes with base and adapter
-        theirs = peft.PeftModel.from_pretrained(load(llama / "base"), llama / out / method).eval()
-        whole = load(llama / out / method / "merged").eval()
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(ids).logits, whole(ids).logits, rtol=0, atol=2e-5)
-            assert (whole(ids).logits - load(llama / "base").eval()(ids).logits).abs().max() > 1e-3
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5,
+              original_max_position_embeddings=8192)
 
 
-def fails(m, monkeypatch, capsys, folder, *args):
-    """The line that a command line costs, run within this process."""
-    monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as stop:
-        m.main(m.parse_config(m.Config, m.PRESETS, [*map(str, args)]))
-    line = str(stop.value.code)
-    assert line.startswith("error: ") and "\n" not in line
-    return line
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True), dict(rope_parameters=LLAMA3)])
+def test_logits_equal_transformers(m, tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model, _ = m.from_pretrained(str(save_base(m, tmp_path, **changes)))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids_of()), theirs(ids_of()).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--rank", "0"], "rank must be at least 1"), (["--targets", "query,q_proj"], "no linear layer is called 'query'"),
-    (["--targets", "q_proj,"], "targets must be"), (["--method", "magic"], "method must be"),
-    (["--alpha", "nan"], "alpha must be above 0"), (["--data", "shakespeare"], "need --checkpoint"),
-    (["--checkpoint", "nowhere"], "--checkpoint nowhere"), (["--load", "nowhere", "--prompt", "x"], "--load nowhere"),
-    (["--load", "nowhere"], "needs --prompt"), (["--resume"], "there is no run in"),
-    (["--block-size", "8"], "block-size 23"), (["--lora-dropout", "1"], "lora_dropout must be in"),
-    (["--nonsense"], "unrecognized arguments")])
-def test_mistakes_cost_one_line(m, tmp_path, monkeypatch, capsys, args, words):
-    assert words in fails(m, monkeypatch, capsys, tmp_path, *args)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("change, words", [
+    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(head_dim=16), "head_dim"), (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type"),
+    (dict(rope_scaling=dict(LLAMA3, low_freq_factor=2.0)), "low_freq_factor"),
+    (dict(sliding_window=9), "sliding_window"), (dict(model_type="mistral"), "model_type")])
+def test_other_arithmetic_is_refused_by_name(m, tmp_path, change, words):
+    path = save_base(m, tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=words):
+        m.from_pretrained(str(tmp_path))
 
 
-def test_a_mistake_is_one_line_in_a_terminal_too(m, tmp_path):
-    done = run(m, tmp_path, "--rank", "0")
-    assert done.returncode == 1 and done.stderr.strip() == "error: rank must be at least 1, not 0"
+@pytest.mark.parametrize("changes", [dict(), dict(rslora=True), dict(targets=["q_proj", "v_proj"], rank=7)])
+def test_peft_loads_ours_and_we_load_its(m, tmp_path, changes):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    cfg = dict(rank=5, rslora=False, targets=TARGETS) | changes
+    base, _ = m.from_pretrained(str(save_base(m, tmp_path / "base")))
+    plain = base(ids_of())
+    ours = disturb(m.add_lora(base, cfg["targets"], cfg["rank"], 12.0, 0.0, cfg["rslora"]), 3)
+    m.save_adapter(ours, str(tmp_path / "base"), tmp_path / "adapter")
+    load = transformers.LlamaForCausalLM.from_pretrained
+    theirs = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.double()(ids_of()), theirs.double()(ids_of()).logits, rtol=0, atol=1e-5)
+        assert (ours(ids_of()) - plain).abs().max() > 0.01
+    # The other way round, with values of its own, and again through our file.
+    settings = peft.LoraConfig(r=cfg["rank"], lora_alpha=12, target_modules=cfg["targets"], use_rslora=cfg["rslora"],
+                               task_type="CAUSAL_LM")
+    theirs = disturb(peft.get_peft_model(load(tmp_path / "base"), settings), 4).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, _ = m.from_pretrained(str(tmp_path / "base"))
+    m.load_adapter(again, tmp_path / "theirs", dropout=0.1)
+    m.save_adapter(again, "x", tmp_path / "copy")
+    third, _ = m.from_pretrained(str(tmp_path / "base"))
+    m.load_adapter(third, tmp_path / "copy")
+    with torch.no_grad():
+        for one in (again, third):
+            both = one.eval().double()(ids_of()), theirs.double()(ids_of()).logits
+            torch.testing.assert_close(*both, rtol=0, atol=1e-4)
+    assert not [name for name, p in again.named_parameters() if p.requires_grad and "lora_" not in name]
 
 
-def test_mistakes_about_adapters_cost_one_line(m, trained, llama, monkeypatch, capsys):
-    folder, _ = trained
-    for args, words in ((["--load", folder / "a" / "lora", "--checkpoint", llama / "base", "--prompt", "x"], "--load"),
-                        (["--checkpoint", llama / "base", "--data", llama / "base" / "config.json"], "must be a list"),
-                        (["--checkpoint", llama / "base", "--n-layer", "3"], "n_layer"),
-                        (["--checkpoint", llama / "base", "--data", "numbers"], "base of the toy language")):
-        assert words in fails(m, monkeypatch, capsys, folder, *args)
+def test_adapters_that_mean_something_else_are_refused(m, tmp_path):
+    """Case 5, and what else would be silently wrong."""
+    peft = pytest.importorskip("peft")
+    base = save_base(m, tmp_path / "base")
+    tied = save_base(m, tmp_path / "tied", tie_word_embeddings=True)
+    transformers = pytest.importorskip("transformers")
+
+    def adapter(of=base, **changes):
+        model = transformers.LlamaForCausalLM.from_pretrained(of)
+        settings = dict(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM") | changes
+        peft.get_peft_model(model, peft.LoraConfig(**settings)).save_pretrained(tmp_path / "a")
+        return tmp_path / "a"
+    for changes, words in ((dict(use_dora=True), "use_dora"), (dict(lora_bias=True), "lora_bias"),
+                           (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
+                           (dict(rank_pattern={"layers.1.self_attn.q_proj": 3}), "rank_pattern"),
+                           (dict(modules_to_save=["norm"]), "modules_to_save"), (dict(bias="all"), "bias")):
+        with pytest.raises(ValueError, match=words):
+            m.load_adapter(m.from_pretrained(str(base))[0], adapter(**changes))
+    with pytest.raises(ValueError, match="one table cannot be both"):
+        m.load_adapter(m.from_pretrained(str(tied))[0], adapter(tied, target_modules=["q_proj", "lm_head"]))
+    # On a base with a head of its own it is right, although PEFT's file holds that head once more.
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    theirs = disturb(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))).eval()
+    theirs.save_pretrained(tmp_path / "head", save_embedding_layers=True)
+    ours, _ = m.from_pretrained(str(base))
+    m.load_adapter(ours, tmp_path / "head")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids_of()), theirs(ids_of()).logits, rtol=1e-4, atol=1e-5)
+    other, _ = m.from_pretrained(str(save_base(m, tmp_path / "other", hidden_size=24, intermediate_size=40)))
+    with pytest.raises(ValueError, match="does not fit this base|no linear layer"):
+        m.load_adapter(other, adapter())
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+def test_old_names(m):
+    assert m.old_names(24) == ["four and twenty"] and m.old_names(7) == ["seven"] and m.old_names(40) == ["forty"]
+    assert m.old_names(215) == ["two hundred fifteen", "two hundred and fifteen"]
+    assert m.old_names(40_000) == ["forty thousand"] and len(m.old_names(101_101)) == 4
+    assert m.old_names(24_021) == [f"four and twenty thousand {rest}one and twenty" for rest in ("", "and ")]
+    for n in range(0, 1_000_000, 9973):
+        m.encode_toy(f"old {n}=" + "".join(f" {name}" for name in m.old_names(n)))
+
+
+def test_rows(m):
+    inputs, targets = m.number_rows([24, 7], True, 0)
+    assert inputs[0].tolist() == m.encode_toy("old 24=four and twenty")
+    assert targets[0].tolist() == [m.IGNORE] * 3 + m.encode_toy("four and twenty\n")
+    assert targets[1].tolist() == [m.IGNORE] * 2 + m.encode_toy("seven\n") + [m.IGNORE] * 3
+    inputs, targets = m.number_rows([24], False, 0)
+    assert inputs[0].tolist() == m.encode_toy("24=twenty four")
+
+
+def test_exact_match_is_what_greedy_decoding_writes(m):
+    torch.manual_seed(0)
+    model, cfg = m.Llama(m.BASE), config(m, batch_size=64)
+    m.fit(model, cfg, m.number_rows(list(range(100, 160)), True, 0), m.compute_loss, 150, 5e-3)
+    numbers, right = list(range(100, 180)), 0
+    for n in numbers:
+        prompt = m.encode_toy(f"old {n}=")
+        text = m.complete(model, prompt, 20, m.EOS)
+        right += any(text == m.encode_toy(f"{name}\n") for name in m.old_names(n))
+    assert 0 < right < 80 and m.exact_match(model, numbers + numbers[:9], True, "cpu") == pytest.approx(right / 80)
+
+
+@pytest.fixture
+def published(m, tmp_path):
+    """A tiny Llama with a tokenizer in Hugging Face's layout, and instructions. -> (folder, path of the JSON)."""
+    tokenizers = pytest.importorskip("tokenizers")
+    texts = [dict(instruction=f"Say {i}.", input="" if i % 2 else "please", output=f"Yes {i}!" if i else "")
+             for i in range(30)]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "</s>", "<s>"],
+                                             show_progress=False)
+    inner.train_from_iterator([m.instruct_prompt(text) + text["output"] for text in texts], trainer)
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    folder = save_base(m, tmp_path / "llama", vocab_size=inner.get_vocab_size())
+    inner.save(str(folder / "tokenizer.json"))
+    long = dict(instruction="word " * 600, output="no")
+    (tmp_path / "my.json").write_text("\ufeff" + json.dumps([*texts, long]), encoding="utf-8")
+    return str(folder), str(tmp_path / "my.json")
+
+
+def test_instructions_become_rows(m, published, capsys):
+    import tokenizers
+    folder, path = published
+    inner = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    train, val = m.instruction_rows(config(m, data=path), inner, 1)
+    assert "1 of 31 entries dropped" in capsys.readouterr().out and (len(train[0]), len(val[0])) == (27, 3)
+    for row, inputs in zip(val[1], val[0], strict=True):
+        start = int((row != m.IGNORE).nonzero()[0])
+        assert inputs[0] == 2 and 2 not in inputs[1:].tolist()  # <s> in front, and nowhere else
+        assert inner.decode(inputs[:start + 1].tolist()).rstrip().endswith("### Response:")
+        answer = [token for token in row.tolist() if token != m.IGNORE]
+        assert answer[-1] == 1 and 1 not in answer[:-1]
+    # Case 7: an empty answer still counts its end.
+    assert (val[1] != m.IGNORE).sum(1).min() == 1
+
+
+def test_a_published_llama_is_adapted(m, published, tmp_path, capsys):
+    """lora and qlora, the file of PEFT, and going on from it."""
+    folder, path = published
+    cfg = config(m, checkpoint=folder, data=path, methods="lora,qlora", out=str(tmp_path / "o"), lr=0.02, max_steps=30)
+    models = m.main(cfg)
+    results = json.loads((tmp_path / "o" / "summary.json").read_text())["results"]
+    assert results["val_loss"]["lora"] < 0.9 * results["val_loss"]["base"] > 1.1 * results["val_loss"]["qlora"]
+    assert results["weight_bytes"]["qlora"] < results["weight_bytes"]["base"] < results["weight_bytes"]["lora"]
+    assert set(models) == {"base", "lora", "qlora"} and "exact_match" not in results
+    again, _ = m.from_pretrained(folder)
+    m.load_adapter(again, tmp_path / "o" / "lora")
+    torch.testing.assert_close(again(ids_of()), models["lora"].eval()(ids_of()), rtol=1e-4, atol=1e-4)
+    # The base was shared and not touched.
+    plain, _ = m.from_pretrained(folder)
+    assert torch.equal(plain(ids_of()), models["base"](ids_of()))
+    more = m.main(config(m, checkpoint=folder, data=path, adapter=str(tmp_path / "o/lora"), out=str(tmp_path / "p"),
+                         max_steps=1, warmup_steps=1, rank=7, lr=1e-9))
+    torch.testing.assert_close(more["lora"].eval()(ids_of()), models["lora"](ids_of()), rtol=1e-3, atol=1e-3)
+    assert json.loads((tmp_path / "p/lora/adapter_config.json").read_text())["r"] == 3
+
+
+def test_defaults_for_a_published_model_are_gentle(m, published, tmp_path, monkeypatch):
+    folder, path = published
+    seen = []
+    monkeypatch.setattr(m, "fit", lambda model, cfg, data, loss, steps, lr, after: (
+        seen.append((cfg, lr)), after(steps - 1)))
+    monkeypatch.setattr(m, "measure_steps", lambda models, *args: dict.fromkeys(models, (0, 0)))
+    m.main(m.Config(device="cpu", checkpoint=folder, data=path, out=str(tmp_path / "o"), batch_size=4))
+    (cfg, lr), = seen
+    assert (cfg.rank, cfg.dropout, cfg.batch_size, lr) == (16, 0.05, 4, 2e-4)
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+def test_the_methods_share_base_data_and_steps(m, tmp_path, monkeypatch):
+    fits, real = [], m.fit
+
+    def spy(model, cfg, data, loss_fn, steps, lr, *after):
+        fits.append((model, data, steps, lr, {n: p.requires_grad for n, p in model.named_parameters()},
+                     model(ids_of(V=40)).detach()))
+        return real(model, cfg, data, loss_fn, steps, lr, *after)
+    monkeypatch.setattr(m, "fit", spy)
+    draws, draw = [], m.draw_numbers
+    monkeypatch.setattr(m, "draw_numbers", lambda *args: draws.append(args) or draw(*args))
+    models = m.main(config(m, out=str(tmp_path), base_steps=30, lr=0.02, full_lr=0.01, seed=4))
+    base, full, lora, qlora = fits
+    assert [one[2:4] for one in fits] == [(30, 3e-3), (3, 0.01), (3, 0.02), (3, 0.02)]
+    assert full[1] is lora[1] is qlora[1] is not base[1] and base[0] is models["base"]
+    assert len(full[1][0]) == 20 and len(base[1][0]) == 60_000
+    assert [args[0] for args in draws] == [60_000, 20, 1000, 500] and len({args[1] for args in draws}) == 3
+    assert [args[2] for args in draws] == [False, False, True, True]
+    assert torch.equal(full[5], lora[5]) and not torch.equal(lora[5], qlora[5])  # all begin as the base, one rounded
+    assert all(full[4].values()) and all(learns == ("lora_" in name) for name, learns in lora[4].items())
+    assert torch.equal(models["base"](ids_of(V=40)), full[5])  # the base is as it was
+    results = json.loads((tmp_path / "summary.json").read_text())["results"]
+    assert results["trainable_parameters"]["lora"] < 0.05 * results["trainable_parameters"]["full"]
+    assert results["training_bytes"]["full"] == pytest.approx(12 * 405_376, rel=0.001)
+    assert results["weight_bytes"]["qlora"] < 0.25 * results["weight_bytes"]["base"]
+    for key in ("val_loss", "exact_match", "exact_match_modern"):
+        assert set(results[key]) == {"base", "full", "lora", "qlora"}
+
+
+def test_measured_steps_change_nothing(m):
+    models = {"full": small(m), "lora": m.add_lora(small(m), TARGETS, 3, 8.0)}
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    figures = m.measure_steps(models, (ids_of(), ids_of(1)), config(m), rounds=2)
+    for name, model in models.items():
+        assert all(torch.equal(before[name][key], tensor) for key, tensor in model.state_dict().items())
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert figures[name][1] == pytest.approx(12 * count, rel=0.02) and figures[name][0] > 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(methods="dora"), "methods are full"), (dict(rank=0), "start at 1"),
+    (dict(data="my.json"), "--checkpoint goes with"), (dict(checkpoint="x"), "--checkpoint goes with"),
+    (dict(adapter="x"), "--checkpoint goes with"), (dict(targets="query"), "no linear layer is called 'query'"),
+    (dict(checkpoint="x", data="y.json", methods="full,qlora"), "methods are full")])
+def test_mistakes_cost_one_line(m, tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        m.main(config(m, **{"methods": "lora", **change}))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{}", "entry 0"), ('[{"instruction": "x"}]', "entry 0"), ("[1]", "entry 0"), ("[]", "too few"),
+    ("nonsense", "Expecting value")])
+def test_files_of_another_form(m, published, tmp_path, content, words):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        m.main(config(m, checkpoint=published[0], data=str(tmp_path / "bad.json"), out=str(tmp_path / "o")))
+
+
+def test_the_command_line(m, tmp_path):
+    done = subprocess.run([sys.executable, m.__file__, "--rank", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_few_parameters_do_as_well(m, seed, tmp_path):
+    m.main(m.Config(device="cpu", seed=seed, out=str(tmp_path)))
+    results = json.loads((tmp_path / "summary.json").read_text())["results"]
+    assert results["trainable_parameters"]["lora"] <= 0.05 * results["trainable_parameters"]["full"]
+    assert results["val_loss"]["lora"] <= 1.02 * results["val_loss"]["full"]
+    assert results["val_loss"]["qlora"] <= 1.04 * results["val_loss"]["full"]
+
+
+def scenario(m, tmp_path, fixed):
+    """Every shape comment of the script, in one short run."""
+    fixed.update(C=128, D=32, V=45, F=384)
+    m.main(config(m, out=str(tmp_path)))
+    layer = m.LoRALinear(nn.Linear(6, 4), 3, 3.0)
+    layer(torch.randn(5, 6))
+    layer.merge()
