@@ -9,9 +9,9 @@ DPO IN ONE FILE                                  python dpo.py                  
 
 Paper    Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model,
          arXiv 2305.18290
-Idea     People can rarely write the best answer down, but they can say which of two is better. Make the chosen answer
-         likelier and the rejected one less likely, both measured from where the model stood before; pairs that are well
-         apart are left alone. No reward model, no sampling while training: a loss on pairs
+Idea     It is hard to write the best answer and easy to say which of two is better. Make the chosen answer likelier and
+         the rejected one less likely, both measured from where the model stood before; pairs that are well apart are
+         left alone. No reward model, no sampling while training: a loss on pairs
 Picture  prompt + chosen ---+
          prompt + rejected -+-> model -> sum of ln p of the answer's tokens, minus the sum before training (stored)
          -> margin = the chosen answer's - the rejected one's -> loss = -ln sigmoid(beta * margin)
@@ -81,20 +81,20 @@ class Config:
 
 
 PRESETS = {"numbers": {},  # the defaults above
-           # Texts of some hundred tokens with GPT-2's vocabulary: 5 million parameters, most of them tables.
-           "pairs": dict(block_size=256, n_embd=64, n_layer=4, sft_steps=200, max_steps=60, batch_size=8)}
+           # Texts of some hundred tokens with GPT-2's vocabulary: 6.5 million parameters, nearly all of them tables.
+           "pairs": dict(data="my.json", block_size=256, sft_steps=200, max_steps=60, batch_size=4)}
 
 
-# --- 2. Model: a policy is a model seen as what writes answers. Its log-probs, the losses, then the model itself -----
-# Where DPO comes from, in five lines. Let r(x, y) say how good answer y to prompt x is. Of all policies the one that
+# --- 2. Model: the policy (a model that writes answers): log-probs of its answers, losses on them, then the model ----
+# Where DPO comes from. Let r(x, y) say how good answer y to prompt x is. Of all policies the one that
 # earns most while it stays close to a reference, max E[r] - beta * KL(policy || reference), has a closed form:
 #
 #     policy(y|x) = reference(y|x) * exp(r(x,y) / beta) / Z(x)                                (Rafailov et al., eq. 4)
 #
 # Z(x), a sum over all answers, makes the probabilities add up to 1: nobody can compute it. Read from right to left it
-# is the reward that a policy is best for: r = beta * ln(policy / reference) + beta * ln Z. If one answer is preferred
-# to another with probability sigmoid(difference of rewards) (Bradley & Terry 1952), Z(x) cancels, and the likelihood of
-# the labels becomes a loss on the policy itself (eq. 7):
+# is the reward for which a policy is optimal: r = beta * ln(policy / reference) + beta * ln Z. If one answer is
+# preferred to another with probability sigmoid(difference of rewards) (Bradley & Terry 1952), Z(x) cancels, and the
+# likelihood of the labels becomes a loss on the policy itself (eq. 7):
 #
 #     loss = -ln sigmoid(h)        h = beta * [ln policy(chosen)/reference(chosen) - ln policy(rejected)/reference(...)]
 #
@@ -105,15 +105,14 @@ IGNORE = -100  # a target that does not count: padding, prompts. The value is F.
 
 
 # Q: Why a sum of log-probs and not a mean?
-# A: The sum is ln p of the whole answer, which the derivation is about. With the mean, the 5 tokens of a short answer
-#    and the 500 of a long one weigh the same, h hardly moves, and published runs with it collapsed. IPO and SimPO
-#    divide by the length on purpose, and say so.
+# A: The sum is ln p of the whole answer, which the derivation is about. A mean makes h smaller by the length, so that
+#    beta means another thing for each answer. IPO and SimPO divide by the length on purpose.
 def sequence_logps(logits, targets):
     """logits (R, T, V), targets (R, T) -> (ln p of each row's answer (R), its length (R)). IGNORE is not counted."""
     counted = targets != IGNORE                                                # (R, T)
     # ln softmax at one token = its logit - logsumexp. log_softmax would write V numbers a position to use one of them.
     picked = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]        # (R, T)
-    # Trap: prompts or pads in the sum. They are the same in both answers only as long as both are equally long.
+    # Trap: pads in the sum: their ln p depends on the answer before them. Prompts cancel in a sum, not in a mean.
     return ((picked - logits.logsumexp(-1)) * counted).sum(-1), counted.sum(-1)  # (R) each
 
 
@@ -124,16 +123,16 @@ def dpo_loss(c, r, ref_c, ref_r, beta):
     # Q: What is beta?
     # A: In the derivation the price of leaving the reference; in the loss it says how far apart is far enough: the pull
     #    is sigmoid(-h), 0.5 at first, 0.25 at h = 1.1, 0.05 at 3. With beta 0.1, the usual value, 0.05 is reached when
-    #    the odds of the pair have changed by e^30, with 1 by e^3. Small beta: far away from the reference.
-    # At the reference all margins are 0 and the loss is ln 2 = 0.6931, whatever the model. Anything else says: dropout
-    # is on, the reference is another model, or rows are shifted.
+    #    the odds of the pair have changed by e^30, with 0.5, as here, by e^6. Small beta: far away from the reference.
+    # At the reference all margins are 0 and this loss (without the NLL term below) is ln 2 = 0.6931 for every model. If
+    # it is not: dropout is on, the reference is another model, or rows are shifted.
     return -F.logsigmoid(beta * ((c - ref_c) - (r - ref_r)))                   # (B)
 
 
 # Q: When cDPO, IPO, SimPO?
 # A: cDPO when labels are wrong now and then and the same pairs are seen often: its minimum is at a finite h, so no pair
 #    is pulled apart without end. IPO for the same reason, from another derivation: a fixed distance per token. SimPO
-#    saves the reference, and ranks answers by the mean ln p, as generation tends to; only the rate keeps it near home.
+#    saves the reference; only the learning rate keeps it near the start.
 def cdpo_loss(c, r, ref_c, ref_r, beta, epsilon):
     """A share epsilon of the labels is wrong: -(1 - epsilon) ln sigmoid(h) - epsilon ln sigmoid(-h), each (B) -> (B).
 
@@ -146,7 +145,7 @@ def cdpo_loss(c, r, ref_c, ref_r, beta, epsilon):
 def ipo_loss(c, r, ref_c, ref_r, n_c, n_r, beta):
     """(margin per token - 1 / (2 beta))^2, each (B) -> (B). Azar et al. 2023, arXiv 2310.12036, eq. 17."""
     # The paper has sums; its authors run it with means over tokens, and so does TRL. Trap: DPO's beta. 0.1 asks for a
-    # margin of 5 nats a token here, 50 nats for ten tokens.
+    # margin of 5 nats a token, 50 for ten tokens, and the model breaks.
     return ((c - ref_c) / n_c - (r - ref_r) / n_r - 1 / (2 * beta)) ** 2       # (B)
 
 
@@ -176,11 +175,11 @@ def preference_loss(model, inputs, targets, ref_c, ref_r):
     #    down takes the chosen one along, and the probability goes to answers that no pair mentions, wrong numbers here
     #    ("likelihood displacement", Razin et al. 2024, arXiv 2410.08847). The share of ordered pairs is 1.0 all the
     #    while. Look at ln p of the chosen, and at samples.
-    # The usual remedy: some of the chosen answer's own loss (Llama 3, section 4.1.4: 0.2). Here 0.1 a token.
-    return (losses - cfg.nll * c / n_c).sum()
+    # What helps, if not completely: some of the chosen answer's own loss per token, 0.2 as for Llama 3 (section 4.1.4).
+    return (losses - cfg.nll * c / n_c).sum()  # fit divides by the number of pairs
 
 
-BETA = {"dpo": 0.5, "cdpo": 0.5, "ipo": 0.1, "simpo": 2.0}
+BETA = {"dpo": 0.5, "cdpo": 0.5, "ipo": 0.3, "simpo": 2.0}
 
 
 # The model: a small Llama; llama3.py explains its parts.
@@ -315,7 +314,7 @@ def draw_numbers(count, seed, validation):
 
 
 def encode_toy(text):
-    """Text of the toy language -> ids: "40=forty\\n" -> [10, 6, 2, 38, 1]. Raises ValueError for unknown words."""
+    """Text of the toy language -> ids, one for each digit, word, "=" and newline. Raises ValueError for other words."""
     return [TOY_VOCAB.index(piece) for piece in re.findall(r"\d|\n|=|[^\s\d=]+", text)]
 
 
@@ -325,7 +324,8 @@ def decode_toy(ids):
 
 
 # The annotators write names of numbers and misspell each word with probability 0.3: a model that imitates them writes
-# one name in seven without a slip. Nobody writes better examples; but a judge can say which of two answers is better.
+# one held-out name in five without a slip. Nobody writes better examples; but a judge can say which of two answers is
+# better.
 def misspell(name, rng, slip):
     """A number's name -> the same with each word misspelled with probability slip."""
     return " ".join(MISSPELLED[word] if rng.random() < slip else word for word in name.split())
@@ -370,8 +370,8 @@ def sample_answers(model, numbers, cfg, seed):
     return [decode_toy(row[start:]) for row, start in zip(ids.tolist(), starts.tolist(), strict=True)]
 
 
-# Two samples of one model differ where it is undecided: there a preference can tell it something. Pairs from elsewhere
-# spend much of the training on answers that it would not give.
+# Two samples of one model differ where it is undecided, so the preference tells it something. Pairs from elsewhere are
+# often answers that it would never give.
 def own_pairs(model, cfg, count, seed, validation):
     """Two answers to one number, judged -> `count` triples (prompt, chosen, rejected) of ids. The chosen one names the
     number, mostly with slips; the rejected one has more, or names another. Raises ValueError if too few are right."""
@@ -540,7 +540,7 @@ class KVCache:
 # generate for Llama.) Positions are right, and nobody needs a mask.
 @torch.no_grad()
 def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
-    """Sample an answer to each prompt (a list of ids). -> (ids (B, T), T <= columns; starts (B): where answers begin).
+    """Sample an answer to each prompt (a list of ids). -> (ids (B, T), T = columns; starts (B): where answers begin).
 
     eos ends an answer and fills the rest of its row; an answer without one was cut off. temperature 0 = the likeliest
     token. Leaves the model in eval mode.
@@ -560,20 +560,28 @@ def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
         ended |= writing & (token == eos)
         if ended.all():
             break
-    return ids[:, :t + 1], starts
+    return ids, starts
 
 
-# --- 8. Main: imitate, make pairs, prefer ----------------------------------------------------------------------------
+# --- 8. Main: imitate, make pairs, learn from them -------------------------------------------------------------------
 @torch.no_grad()
 def pair_logps(model, inputs, targets, cfg):
     """inputs, targets (P, 2, T) -> ln p of both answers of each pair, (P, 2)."""
     # Q: Why store the reference?
-    # A: It never changes, so its log-probs are computed once, before training: no second model in memory and no second
-    #    forward pass in every step, at the price of two numbers a pair.
+    # A: It never changes, so its log-probs are computed once, before training: no second model in memory (here one is
+    #    kept, to measure the KL) and no second forward pass in every step, at the price of two numbers a pair.
     model.eval()
-    logps = [sequence_logps(model(i.to(cfg.device)), t.to(cfg.device))[0] for i, t in zip(
-        inputs.flatten(0, 1).split(512), targets.flatten(0, 1).split(512), strict=True)]
+    # Computed as the training computes: with other rounding the first margins would not be 0.
+    with torch.autocast("cuda", torch.bfloat16, enabled=cfg.device.startswith("cuda")):
+        logps = [sequence_logps(model(i.to(cfg.device)), t.to(cfg.device))[0] for i, t in zip(
+            *(part.flatten(0, 1).split(2 * cfg.batch_size) for part in (inputs, targets)), strict=True)]
     return torch.cat(logps).view(-1, 2).cpu()                                  # (P, 2)
+
+
+def with_reference(pairs, reference, cfg):
+    """(prompt, chosen, rejected) ids -> what is trained on: inputs, targets (P, 2, T), ref_c, ref_r (P)."""
+    rows = pair_rows(pairs)
+    return *rows, *pair_logps(reference, *rows, cfg).unbind(1)
 
 
 def answer_rates(model, reference, numbers, cfg, seed):
@@ -582,9 +590,11 @@ def answer_rates(model, reference, numbers, cfg, seed):
     judged = [judge(n, text) for n, text in zip(numbers, answers, strict=True)]
     ended = [(encode_toy(f"{n}="), encode_toy(f"{text}\n")) for n, text in zip(numbers, answers, strict=True)
              if text is not None]
-    rows = [part.to(cfg.device) for part in answer_rows(ended)]
-    with torch.no_grad():  # the mean of ln model/reference over the model's own answers
-        kl = sequence_logps(model(rows[0]), rows[1])[0] - sequence_logps(reference(rows[0]), rows[1])[0]  # (R)
+    kl = torch.tensor(math.nan)
+    if ended:  # the mean of ln model/reference over the model's own answers
+        inputs, targets = (part.to(cfg.device) for part in answer_rows(ended))
+        with torch.no_grad():
+            kl = sequence_logps(model(inputs), targets)[0] - sequence_logps(reference(inputs), targets)[0]  # (R)
     return dict(preferred=judged.count((True, 0)) / len(numbers),
                 correct=sum(right for right, _ in judged) / len(numbers), kl=kl.mean().item())
 
@@ -612,8 +622,8 @@ def plot_looks(path, looks):
 
 def main(cfg):
     """Imitate, make pairs, learn from them; the control likewise. -> the model that learned from pairs."""
-    if min(cfg.n_head, cfg.batch_size, cfg.sft_steps, cfg.max_steps) < 1 or cfg.n_embd % (2 * cfg.n_head) or (
-            cfg.loss not in BETA):
+    if min(cfg.n_head, cfg.batch_size, cfg.sft_steps, cfg.max_steps, cfg.pairs) < 1 or cfg.loss not in BETA or (
+            cfg.n_embd % (2 * cfg.n_head)):
         raise ValueError(f"2 * n_head must divide n_embd, steps and sizes start at 1, loss is one of {', '.join(BETA)}")
     began, toy, (examples, sft_val, pairs, V) = time.perf_counter(), cfg.data == "numbers", make_data(cfg)
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or V)
@@ -625,32 +635,33 @@ def main(cfg):
         cfg.sft_lr)
     val_loss = evaluate(model, sft_val, cfg)
 
-    # The reference is only looked at: training needs two numbers of it for each pair.
-    reference = copy.deepcopy(model).eval()
+    # The imitator is the reference, and stays as it is: what learns from pairs are copies of it.
+    reference = model.eval()
     if toy:
         pairs = own_pairs(reference, cfg, cfg.pairs, cfg.seed, False), own_pairs(reference, cfg, 500, cfg.seed, True)
         perfect = sum(CORRECTED.keys().isdisjoint(decode_toy(chosen).split()) for _, chosen, _ in pairs[0])
         print(f"{cfg.pairs:,} pairs of its own answers, {perfect / cfg.pairs:.0%} of the chosen ones without a slip")
-    data, held_out = ((*rows, *pair_logps(reference, *rows, cfg).unbind(1)) for rows in map(pair_rows, pairs))
+    data, held_out = (with_reference(part, reference, cfg) for part in pairs)
     numbers = draw_numbers(500, cfg.seed + 1, True)
 
     def look(policy, step):
         logps = pair_logps(policy, *held_out[:2], cfg)                         # (P, 2)
-        gain = logps - torch.stack(held_out[2:], 1)                            # (P, 2)
-        figures = dict(step=step, ordered=(gain[:, 0] > gain[:, 1]).float().mean().item(),
+        margins = (logps - torch.stack(held_out[2:], 1)) @ torch.tensor([1.0, -1.0])  # (P)
+        figures = dict(step=step, ordered=(margins.sign() / 2 + 0.5).mean().item(),  # a tie is half in order
                        chosen=logps[:, 0].mean().item(), rejected=logps[:, 1].mean().item())
         return figures | (answer_rates(policy, reference, numbers, cfg, cfg.seed) if toy else {})
 
     # Both begin from the same imitator, with the same pairs in the same order.
     looks, losses, every = {}, {}, max(1, cfg.max_steps // 10)
     for stage, loss_fn in (("control", imitation_loss), (cfg.loss, preference_loss)):
-        policy, looks[stage] = copy.deepcopy(model), [look(reference, 0)]
+        policy, looks[stage] = copy.deepcopy(reference), [look(reference, 0)]
 
         def after_step(step, policy=policy, rows=looks[stage]):
             if (step + 1) % every == 0 or step + 1 == cfg.max_steps:
                 rows.append(look(policy, step + 1))
         losses[stage] = fit(policy, cfg, data, loss_fn, cfg.max_steps, cfg.lr, after_step)
-    print(f"first loss of {cfg.loss}: {losses[cfg.loss][0]:.4f}")
+    first, nll = losses[cfg.loss][0], losses["control"][0]  # of the same batch, at the same weights
+    print(f"first loss {first:.4f} = {first - cfg.nll * nll:.4f} for the pairs + {cfg.nll} * {nll:.4f} (NLL)")
 
     table = dict(before=looks["control"][0], after=looks[cfg.loss][-1], control=looks["control"][-1])
     print(f"\n{'':<28}" + "".join(f"{column:>10}" for column in table))
@@ -665,7 +676,8 @@ def main(cfg):
         ("logps_chosen", "chosen"), ("logps_rejected", "rejected"))}
     plot_looks(out / "curve.png", looks)
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
-        config=dataclasses.asdict(cfg), results=results, val_loss=val_loss, seconds=time.perf_counter() - began)))
+        config=dataclasses.asdict(cfg), results=results, history=looks, val_loss=val_loss,
+        seconds=time.perf_counter() - began)))
     print(f"\nsee {out}")
     return policy
 

@@ -11,13 +11,12 @@ LORA AND QLORA IN ONE FILE                       python lora_qlora.py           
 Paper    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685; Dettmers et al. 2023,
          QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314
 Idea     To teach a trained model something new, leave its weights alone and train a small addition to each matrix: a
-         product of two thin ones, a few percent of the numbers. What never changes need not be stored so that it could:
-         four bits a weight will do
+         product of two thin ones, a few percent of the numbers. Frozen weights need little precision: four bits will do
 Picture  x -> W (O, I), frozen, 32 bits or 4 ---------------> + -> y        y = x W^T + alpha/R * (x A^T) B^T
            -> A (R, I) -> B (O, R) -> * alpha/R ------------->              trained: A and B alone
-Symbols  B batch   T time   S past + new   C hidden_size   H query heads   K key/value heads   D head size
-         F intermediate_size   V vocabulary   M rows of a product   I, O inputs and outputs of a layer   R rank
-         A, B the adapter's matrices   N blocks of 64 weights
+Symbols  B batch   T time   C hidden_size   H query heads   K key/value heads   D head size   F intermediate_size
+         V vocabulary   M rows of a product   I, O inputs and outputs of a layer   N blocks of 64 weights
+         in an adapter: R rank, A (R, I) and B (O, R) its matrices
 New here LoRALinear, add_lora, quantize_nf4, dequantize_nf4, NF4Linear, PEFT's files, instruction data
 Not here DoRA (its formula is at LoRALinear), 8-bit Adam, paged optimizers, prefix tuning, several adapters at once
 Expect   EXPECT
@@ -54,34 +53,35 @@ from tqdm import tqdm
 class Config:
     data: str = "numbers"             # numbers | a .json list of {"instruction", "input", "output"}, with --checkpoint
     checkpoint: str = ""              # a Llama: folder in Hugging Face's layout, or repository; "" = train a small one
-    adapter: str = ""                 # folder of an adapter in PEFT's format to start from, with --checkpoint
-    methods: str = "full,lora,qlora"  # what to compare; full fine-tuning of a published Llama: llama3.py --load
+    adapter: str = ""                 # with --checkpoint: PEFT's folder to start from, with its own rank and alpha
+    methods: str = ""                 # "" = full,lora,qlora; with --checkpoint lora (full: see llama3.py --load)
     out: str = "runs/lora_qlora"      # folder for the adapters, the summary and the picture
     seed: int = 1337                  # decides initial weights and batches
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu | cuda
     # The adapter.
-    rank: int = 4                     # width of the addition to each matrix
-    alpha: float = 16.0               # the addition counts alpha / rank times
-    rslora: bool = False              # alpha / sqrt(rank) instead, for ranks above 32
+    rank: int = 0                     # width of the addition to each matrix; 0 = 4, with --checkpoint 16
+    alpha: float = 16.0               # the addition is multiplied by alpha / rank
+    rslora: bool = False              # by alpha / sqrt(rank) instead, for ranks above 32
     dropout: float = 0.0              # share of the adapter's inputs that is zeroed in training
     targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # layers that get one, by name
-    # Optimization. With --checkpoint, values that are left at these defaults become those of PUBLISHED.
+    # Optimization.
     examples: int = 1000              # lines of the old form to adapt with
     block_size: int = 512             # longest instruction and answer in tokens, with --checkpoint
     base_steps: int = 700             # steps that train the small base
-    max_steps: int = 400              # steps of each adaptation
-    lr: float = 0.01                  # peak learning rate of adapters
+    max_steps: int = 0                # steps of each adaptation; 0 = 400, with --checkpoint 300
+    lr: float = 0.0                   # peak learning rate of adapters; 0 = 0.01, with --checkpoint 2e-4
     full_lr: float = 4e-3             # peak learning rate of full fine-tuning
-    batch_size: int = 64              # rows per step
+    batch_size: int = 0               # rows per step; 0 = 64, with --checkpoint 8
     warmup_steps: int = 20            # steps of linear warm-up
     beta2 = 0.99                      # no type, so no flag: Adam's memory
 
 
 # Q: How do I choose rank, alpha and the rate?
 # A: Fix alpha (16 here and in QLoRA's paper), take R between 8 and 64 (little data, small R) and search over the rate
-#    alone: adapters want about ten times that of full fine-tuning ("LoRA without regret", Schulman et al. 2025). If the
-#    training loss stalls above that of full fine-tuning, double R. Large models have more to lose: smaller rates.
-PUBLISHED = dict(methods="lora", rank=16, dropout=0.05, lr=2e-4, full_lr=2e-5, max_steps=300, batch_size=8)
+#    alone: in large models adapters want about ten times that of full fine-tuning ("LoRA without regret", Schulman et
+#    al. 2025). If more steps no longer help, double R. (The toy task is tiny: rank 4 and 2.5 times the rate do.)
+SMALL = dict(methods="full,lora,qlora", rank=4, max_steps=400, lr=0.01, batch_size=64)
+PUBLISHED = dict(methods="lora", rank=16, max_steps=300, lr=2e-4, batch_size=8)
 PRESETS = {"laptop": {}}  # the defaults above
 
 
@@ -93,12 +93,12 @@ PRESETS = {"laptop": {}}  # the defaults above
 #         +-------> A (R, I) ---> B (O, R) ---> * s +                          s = alpha / R
 #
 # W has I * O numbers, the adapter R * (I + O): for 4,096 x 4,096 and R = 16 that is 0.8 %. Gradients and Adam's two
-# moments exist for A and B alone, and those are three quarters of the memory of full fine-tuning.
+# moments, three quarters of the memory of full fine-tuning, exist for A and B alone.
 #
 # Q: Why should an update of rank 16 be enough for a matrix of rank 4,096?
-# A: Nothing promises it. The idea is that the model has the features already, and a task weighs them anew, in a few
+# A: Nothing promises it. The idea is that the model has the features already, and a task reweights them, in a few
 #    directions. The update that full fine-tuning finds is not of low rank; one of low rank often does as well, and with
-#    little data better, since it can learn less by heart. Really new knowledge from much data: full fine-tuning wins.
+#    little data better, since it can memorize less. Really new knowledge from much data: full fine-tuning wins.
 #
 # Q: Full fine-tuning, LoRA or QLoRA?
 # A: Full: much data, and 16 bytes a parameter to spend (weight, gradient, two moments). LoRA: new behavior from little
@@ -117,19 +117,18 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         # Q: Why does B begin at 0 and A at random, and not both at random, or both at 0?
-        # A: B A = 0: step 0 is the base exactly. With both at 0 nothing ever moves: the gradient of B is a product with
-        #    A and the other way round. With A at random B has a gradient in step 1, and A from step 2 on.
-        bound = base.in_features ** -0.5  # as in the paper's code
-        nn.init.uniform_(self.lora_A.weight, -bound, bound)
+        # A: B A = 0: the model begins as the base exactly. With both at 0 nothing ever moves: the gradient of B is a
+        #    product with A and the other way round. With A at random B moves in the first step, A from the second on.
+        # (A keeps nn.Linear's own beginning, uniform in +-1/sqrt(I), as in the paper's code.)
         nn.init.zeros_(self.lora_B.weight)
         # Q: What is alpha for, if the learning rate could do its work?
-        # A: For changing R. B A is a sum of R products; at first they all point the same way, and alpha / R keeps their
-        #    sum of one size, so that a rate found at R = 8 is about right at 64. Later they do not and the sum grows
-        #    like sqrt(R) only: hence rslora. Trap: scaling by alpha alone; at R = 16 the update is 16 times too large.
+        # A: For changing R. B A is a sum of R products; at first each lowers the loss alike, and alpha / R keeps their
+        #    joint effect of one size, so that a rate found at R = 8 is about right at 64. For large R that is too
+        #    little: hence rslora. Trap: scaling by alpha alone; at R = 16 the update is 16 times too large.
         self.scale = alpha / (rank ** 0.5 if rslora else rank)
 
     def forward(self, x):
-        """x (..., I) -> (..., O)."""
+        """x (..., M, I) -> (..., M, O)."""
         y, A, B = self.base_layer(x), self.lora_A.weight, self.lora_B.weight
         if self.original is not None:  # merged
             return y
@@ -145,26 +144,30 @@ class LoRALinear(nn.Module):
     def merge(self):
         """Add s B A to the weight of an nn.Linear, until unmerge(). A bias stays as it is."""
         # Trap: merging twice. The model then overdoes what it learned, and nothing complains.
-        assert self.original is None and isinstance(self.base_layer, nn.Linear), "merged already, no nn.Linear"
-        W = self.original = self.base_layer.weight.data
-        total = W.float() + self.scale * self.lora_B.weight.data @ self.lora_A.weight.data  # (O, I)
-        self.base_layer.weight.data = total.to(W.dtype)  # rounded once, at the end
+        assert isinstance(self.base_layer, nn.Linear), "only an nn.Linear can take the addition, no codes of 4 bits"
+        assert self.original is None, "merged already"
+        self.original = W, = (self.base_layer.weight,)  # a tuple, or nn.Module would count W as one more parameter
+        total = W.data.float() + self.scale * self.lora_B.weight.data @ self.lora_A.weight.data  # (O, I)
+        # A new Parameter: W may be shared. Trap: in bfloat16 most of a small update is rounded away here.
+        self.base_layer.weight = nn.Parameter(total.to(W.dtype), requires_grad=False)
 
     def unmerge(self):
         """Back to the base and the addition, exactly: W itself was kept."""
         # Trap: adding in place and subtracting later. In bfloat16 (W + u) - u is not W: every round trip rounds.
         assert self.original is not None, "not merged"
-        self.base_layer.weight.data, self.original = self.original, None
+        (self.base_layer.weight,), self.original = self.original, None
 
 
 def add_lora(model, targets, rank, alpha, dropout=0.0, rslora=False):
     """Freeze the model and add to each linear layer named in targets, in place: ["q_proj", ...], or whole paths.
 
-    Raises ValueError for a name that no layer has.
+    Raises ValueError for a name that no layer has, or if there are adapters already.
     """
     # Q: Which layers?
-    # A: All linear ones of the blocks. The paper adapted attention alone; leaving out the MLP, where two thirds of the
-    #    weights are, costs the most ("LoRA without regret"). Not norms (vectors), nor the tables of tokens.
+    # A: All linear ones of the blocks. The paper adapted attention alone; leaving out the MLP, where most weights are,
+    #    costs the most ("LoRA without regret"). Not norms (vectors), nor the tables of tokens.
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear))}
     model.requires_grad_(False)  # Trap: forgetting it. All weights train, and the memory is that of full fine-tuning
     for target in targets:
@@ -180,8 +183,8 @@ def add_lora(model, targets, rank, alpha, dropout=0.0, rslora=False):
 
 # QLoRA is LoRA on a quantized base: each weight is replaced by the nearest of 16 values, and its number is stored in
 # four bits. Where should the 16 lie? Trained weights are about normally distributed: put them at quantiles of the
-# normal distribution, so that each is needed about equally often (NF4, 4-bit NormalFloat). With Q(p) for the number
-# below which a share p of a standard normal lies:
+# normal distribution, dense where weights are dense (NF4, 4-bit NormalFloat). With Q(p) for the number below which a
+# share p of a standard normal lies:
 #     p = 1 - (1/30 + 1/32) / 2 = 0.9677   the outermost place, since Q(1) is infinite
 #     8 positive values   Q(p), ... in 8 equal steps of probability down to, not including, Q(1/2) = 0
 #     7 negative ones     -Q(p), ... in 7 steps likewise; and 0 itself, so that zeros stay zeros: 16
@@ -197,17 +200,20 @@ NF4 = torch.tensor([
 # them in 8 bits, in groups of 256 with a float32 scale.
 #     one weight    4 + 32/64              = 4.5   bits        65 billion parameters: 36.6 GB
 #     doubly        4 + 8/64 + 32/(64*256) = 4.127             33.5 GB; in bfloat16 130
+# The price: blocks whose weights are far smaller than those of their group come back with a wrong size.
 # The 8-bit code is a small floating-point format: 7 decades of each sign, the largest with 64 values, every smaller one
 # with half as many. Scales minus their mean crowd around 0 and a few are far away (Dettmers 2015, arXiv 1511.04561).
 @functools.cache
-def dynamic_map(device="cpu"):
-    """The 256 values of the signed 8-bit dynamic code, ascending, (256)."""
+def lookup_tables(device):
+    """-> (the two values of each byte as one item of 8 bytes (256), the values of the 8-bit code, ascending, (256))."""
     values = [0.0, 1.0]
     for i in range(7):  # decade 10^(i-6) holds 2^i values of each sign, the midpoints of equal parts of 0.1 .. 1
         edges = torch.linspace(0.1, 1, 2 ** i + 1)
         middle = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
         values += middle.tolist() + (-middle).tolist()
-    return torch.tensor(sorted(values), device=device)                         # (256)
+    pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)        # (256, 2): high nibble first
+    # int64 is a container here and no number: what is looked up is turned back into two float32.
+    return pairs.view(torch.int64)[:, 0].to(device), torch.tensor(sorted(values), device=device)
 
 
 def quantize_nf4(weight):
@@ -226,29 +232,28 @@ def quantize_nf4(weight):
     offset = largest.mean()
     y = F.pad(largest - offset, (0, -len(largest) % 256)).view(-1, 256)        # (groups, 256)
     group = y.abs().amax(1)
-    # First one of 65,536 steps, then the nearest value: the library's CPU code has such a table. Without it a scale in
-    # the middle of two values may get the other one (tests tell).
+    # First one of 65,536 steps, then the nearest value: so does bitsandbytes, and here every bit is to be as there.
     steps = ((y / group.clamp(min=1e-38)[:, None] + 1) * 32767.5 + 0.5).int()
-    values = dynamic_map(x.device)                                             # (256)
+    values = lookup_tables(x.device)[1]                                        # (256)
     scales = torch.bucketize(steps / 32767.5 - 1, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     return packed, scales.flatten()[:len(largest)], group, offset
 
 
 def dequantize_nf4(shape, codes, scales, group, offset):
-    """What quantize_nf4 made -> the weight of that shape in float32, every number the nearest of 16."""
-    scale = dynamic_map(codes.device)[scales.int()] * group.repeat_interleave(256)[:len(scales)] + offset  # (N)
-    # One lookup per byte fetches both values, as one item of 8 bytes (int64 is a container here). Splitting
-    # nibbles first and looking each up takes many times as long.
-    pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1).view(torch.int64)[:, 0].to(codes.device)
+    """What quantize_nf4 made -> the weight of that shape in float32, each number its code's value times a scale."""
+    pairs, values = lookup_tables(codes.device)                                # (256) each
+    scale = values[scales.int()] * group.repeat_interleave(256)[:len(scales)] + offset  # (N)
+    # One lookup per byte fetches both of its values. Splitting nibbles and looking each up takes three times as long.
     x = pairs.index_select(0, codes.int()).view(torch.float32).view(-1, 64)    # (N, 64)
     return x.mul_(scale[:, None]).flatten()[:math.prod(shape)].view(shape)     # (O, I)
 
 
 # Q: What has to be kept for the backward pass of y = x W^T, when W is frozen?
-# A: W, for dx = dy W; not x, which dW = dy^T x would need. (The adapter keeps x, for dA: activations hardly shrink.)
-#    Left to itself autograd would keep the dequantized W of every layer: 32 bits a weight after all. So W is made
-#    again, which takes as long for one row as for 1,024: little beside a training step, more than the product itself
-#    when single tokens are written. Fast inference needs a kernel that multiplies with the codes.
+# A: W, for dx = dy W; not x, which dW = dy^T x would need. But each adapter keeps x for dA: with dropout, or in float32
+#    beside a bfloat16 base, a copy of its own, and activations even grow. Left to itself autograd would keep the
+#    dequantized W of every layer, 32 bits a weight after all. So W is made again, which takes as long for one row as
+#    for 1,024: little beside a training step, more than the product itself when single tokens are written. Fast
+#    inference needs a kernel that multiplies with the codes.
 class NF4Product(torch.autograd.Function):
     """x W^T with W in 4 bits, dequantized once in the forward pass and once in the backward pass, and never kept."""
 
@@ -285,7 +290,7 @@ class NF4Linear(nn.Module):
 
 def quantize_model(model):
     """Replace every nn.Linear but the head by an NF4Linear, in place. -> the model."""
-    # The head and the embedding stay: errors in logits are errors in the output, and rows of rare tokens are outliers.
+    # The head and the embedding stay, as in QLoRA: errors in logits are errors in the output.
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
             parent, _, last = path.rpartition(".")
@@ -293,7 +298,10 @@ def quantize_model(model):
     return model
 
 
-# The base: Llama 3, with the published names; llama3.py explains its parts. Its shape is config.json itself.
+# The base: Llama 3, with the published names; llama3.py explains its parts. Its shape is a dict with the fields of
+# config.json; this is the shape of the small base, 0.4 million parameters.
+BASE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=45, tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=10_000.0, rope_factor=1.0)
 
 # RoPE (Su et al. 2021, arXiv 2104.09864). Take two of the D numbers of a query as a point in a plane and turn it by an
 # angle that grows with its position m; turn the same two numbers of a key by the angle of *its* position n. Then
@@ -375,7 +383,7 @@ class Llama(nn.Module):
         for layer in self.model.layers:
             x = layer(x, rope)                                                 # (B, T, C)
         x = self.model.norm(x)                                                 # (B, T, C)
-        return self.lm_head(x) if self.lm_head else F.linear(x, self.model.embed_tokens.weight)  # (B, T, V)
+        return self.lm_head(x) if self.lm_head is not None else F.linear(x, self.model.embed_tokens.weight)  # (B, T, V)
 
 
 # --- 3. Objective: the next token ------------------------------------------------------------------------------------
@@ -433,12 +441,12 @@ def draw_numbers(count, seed, validation):
 
 
 def encode_toy(text):
-    """Text of the toy language -> ids: "40=forty\\n" -> [10, 6, 2, 38, 1]. Raises ValueError for unknown words."""
+    """Text of the toy language -> ids, one for each digit, word, "=" and newline. Raises ValueError for other words."""
     return [TOY_VOCAB.index(piece) for piece in re.findall(r"\d|\n|=|[^\s\d=]+", text)]
 
 
 # The second form of the toy language: English as it was counted two centuries ago, "four and twenty blackbirds". Units
-# stand before tens, and people were free to say "and" behind hundred and thousand, or not:
+# stand before tens, and people were free to say "and" after hundred and thousand, or not:
 #     24 = four and twenty           40215 = forty thousand two hundred [and] fifteen
 # Two new words ("and", and the "old" that asks for it), a new order, and a choice that nobody can predict: that is what
 # fine-tuning data look like.
@@ -590,17 +598,15 @@ def fit(model, cfg, data, loss_fn, steps, lr, after_step=lambda step: None):
 # Q: What do the frozen weights still cost?
 # A: Their memory, and two thirds of the arithmetic: forward (2 operations per weight and token) and the gradient that
 #    passes through them to the layers below (2 more); their own gradient (2) is what is saved. So LoRA saves a third of
-#    the time at best, and of 16 bytes a parameter the 12 of gradient and moments. Activations stay. In a model as small
-#    as this the adapters' many little products take back what is saved; from a width of 512 on it is a gain.
+#    the time at best, and of 16 bytes a parameter the 12 of gradient and moments. Activations do not shrink. In a model
+#    as small as this the adapters' many little products take back what is saved; from a width of 512 on it is a gain.
 def measure_steps(models, data, cfg, rounds=11):
-    """{method: model} -> {method: (ms, bytes of gradients and moments)} of one training step.
-
-    The methods take turns, so that all meet the same load. The rate is 0: nothing is learned.
-    """
+    """{method: model} -> {method: ms of one training step}. The methods take turns, so that all meet the same load; the
+    rate is 0: nothing is learned."""
     batch = [part.to(cfg.device) for part in get_batch(data, cfg.batch_size, cfg.seed, 0)]
     optimizers = {name: make_optimizer(model.train(), dataclasses.replace(cfg, lr=0.0))
                   for name, model in models.items()}
-    times, found = {name: [] for name in models}, {}
+    times = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
             began = time.perf_counter()
@@ -609,11 +615,8 @@ def measure_steps(models, data, cfg, rounds=11):
             if cfg.device.startswith("cuda"):
                 torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - began))
-            moments = [tensor for state in optimizers[name].state.values() for tensor in state.values()]
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            found[name] = bytes_of([*grads, *moments])
             optimizers[name].zero_grad(set_to_none=True)
-    return {name: (sorted(times[name])[rounds // 2], found[name]) for name in models}
+    return {name: sorted(taken)[rounds // 2] for name, taken in times.items()}
 
 
 def bytes_of(tensors):
@@ -622,8 +625,8 @@ def bytes_of(tensors):
 
 
 # --- 6. Decoding: greedy, without a cache ----------------------------------------------------------------------------
-# Each new token reads the whole text again: enough for a sample. kv_cache.py does it fast; PEFT's file, which section 7
-# writes, is read by all servers of models.
+# Each new token reads the whole text again: enough for a sample. kv_cache.py does it fast; the file that section 7
+# writes is read by PEFT, vLLM and others.
 @torch.no_grad()
 def complete(model, ids, max_new_tokens, eos):
     """Continue a list of ids with the likeliest tokens, to the first eos. -> the new ids, eos among them."""
@@ -674,6 +677,7 @@ def from_pretrained(name):
     from safetensors.torch import load_file
     folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     hf = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | json.loads((folder / "config.json").read_text("utf-8"))
+    hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))  # old files: one for each query head
     # Old files have rope_theta and rope_scaling, new ones put both into rope_parameters; each may stand in either.
     rope = dict(rope_type="default", rope_theta=hf.pop("rope_theta", 1e4))
     rope |= (hf.pop("rope_parameters", None) or {}) | (hf.pop("rope_scaling", None) or {})
@@ -702,6 +706,7 @@ def save_adapter(model, base_name, folder):
                if ".lora_" in name}, Path(folder, "adapter_model.safetensors"))
     Path(folder, "adapter_config.json").write_text(encoding="utf-8", data=json.dumps(dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=first.lora_A.out_features,
+        # alpha = scale * r, whatever the scale was made of: PEFT divides by r again.
         lora_alpha=first.scale * first.lora_A.out_features, lora_dropout=first.dropout, bias="none",
         target_modules=sorted({name.split(".")[-1] for name in layers}))))
 
@@ -719,7 +724,7 @@ def load_adapter(model, folder, dropout=0.0):
     # Which layers have one is read off the names in the file: target_modules may also be a pattern.
     tensors = {name.removeprefix("base_model.model."): tensor
                for name, tensor in load_file(Path(folder, "adapter_model.safetensors")).items()}
-    if not model.lm_head and any(name.startswith("lm_head") for name in tensors):
+    if model.lm_head is None and any(name.startswith("lm_head") for name in tensors):
         raise ValueError("the adapter is for lm_head, which is the embedding in this base: one table cannot be both")
     add_lora(model, sorted({name.split(".lora_")[0] for name in tensors if ".lora_" in name}), config["r"],
              config["lora_alpha"], dropout, bool(config.get("use_rslora")))
@@ -733,12 +738,6 @@ def load_adapter(model, folder, dropout=0.0):
 
 
 # --- 8. Main: a base, three adaptations, one table -------------------------------------------------------------------
-# The small base, in the words of config.json: 0.4 million parameters.
-BASE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=len(TOY_VOCAB), tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=10_000.0,
-            rope_factor=1.0)
-
-
 def plot_adaptation(path, curves):
     """curves {method: [(step, validation loss)]}."""
     from matplotlib.figure import Figure  # without pyplot: no window, so it works on a server
@@ -772,7 +771,7 @@ def published_base(cfg):
 
 
 def make_ready(base, method, cfg):
-    """A model to train by that method: for full a copy of the base, else one that shares its frozen weights."""
+    """A model to train by that method: for full a copy of the base, else one that shares the base's weights."""
     if method == "full":
         return copy.deepcopy(base).requires_grad_(True)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # a memo: what is in it is not copied
@@ -788,21 +787,19 @@ def make_ready(base, method, cfg):
 
 def tabulate(models, curves, train, cfg):
     """{name: model}, the base among them -> {figure: {name: value}}, printed as a table."""
-    measured = measure_steps({name: models[name] for name in curves}, train, cfg)
     results = dict(
         val_loss={"base": next(iter(curves.values()))[0][1]} | {name: points[-1][1] for name, points in curves.items()},
         trainable_parameters={name: sum(p.numel() for p in models[name].parameters() if p.requires_grad)
                               for name in curves},
         weight_bytes={name: bytes_of([*model.parameters(), *model.buffers()]) for name, model in models.items()},
-        training_bytes={name: size for name, (_, size) in measured.items()},
-        step_ms={name: ms for name, (ms, _) in measured.items()})
+        step_ms=measure_steps({name: models[name] for name in curves}, train, cfg))
     if not cfg.checkpoint:
         numbers = draw_numbers(500, cfg.seed + 2, True)
         results |= {key: {name: exact_match(model, numbers, old, cfg.device) for name, model in models.items()}
                     for key, old in (("exact_match", True), ("exact_match_modern", False))}
-    # How to read it. weight_bytes: frozen matrices in 4 bits, tables in 32, the adapter is counted. training_bytes:
-    # gradients and Adam's moments; what is frozen has none. exact_match_modern: what is left of the modern names when
-    # the old form was learned; take the adapter off, and the base is as it was.
+    # How to read it. weight_bytes: with qlora matrices have 4 bits, tables 32; the adapter is counted. Training takes
+    # 12 bytes more for each trained parameter, gradient and two moments. exact_match_modern: what is left of the modern
+    # names when the old form was learned; take the adapter off, and the base is as it was.
     print(f"\n{'':<22}" + "".join(f"{name:>10}" for name in models))
     for key, row in results.items():
         form = ",.0f" if "bytes" in key or "para" in key else ".3f"
@@ -812,11 +809,10 @@ def tabulate(models, curves, train, cfg):
 
 def main(cfg):
     """Train a small base or take --checkpoint, adapt it with each method, compare. -> {method: model}."""
-    if cfg.checkpoint:
-        cfg = dataclasses.replace(cfg, **{key: value for key, value in PUBLISHED.items()
-                                          if getattr(cfg, key) == getattr(Config, key)})
+    cfg = dataclasses.replace(cfg, **{key: getattr(cfg, key) or value for key, value in (
+        PUBLISHED if cfg.checkpoint else SMALL).items()})
     methods = cfg.methods.split(",")
-    if not set(methods) <= {"lora", "qlora", "full" * (not cfg.checkpoint)} or min(
+    if not set(methods) <= {"lora", "qlora", "lora" if cfg.checkpoint else "full"} or min(
             cfg.rank, cfg.max_steps, cfg.base_steps, cfg.batch_size) < 1:
         raise ValueError("methods are full (without --checkpoint), lora, qlora; rank, steps, batch_size start at 1")
     if bool(cfg.checkpoint) == (cfg.data == "numbers") or cfg.adapter and not cfg.checkpoint:
@@ -835,7 +831,9 @@ def main(cfg):
         def after_step(step, method=method, model=model):
             if (step + 1) % max(1, cfg.max_steps // 10) == 0 or step + 1 == cfg.max_steps:
                 curves[method].append((step + 1, evaluate(model, val, cfg)))
-                if method != "full":
+                if not math.isfinite(curves[method][-1][1]):
+                    raise ValueError(f"the loss is not finite at step {step + 1}: try a lower --lr")
+                if cfg.checkpoint:
                     save_adapter(model, cfg.checkpoint, out / method)
         fit(model, cfg, train, compute_loss, cfg.max_steps, cfg.full_lr if method == "full" else cfg.lr, after_step)
         tqdm.write(f"{method}: validation loss {before:.4f} -> {curves[method][-1][1]:.4f}")

@@ -60,18 +60,18 @@ class Config:
     # Rollouts and what is learned from them.
     variant: str = "grpo"             # of GRPO: grpo | dr_grpo | dapo | gspo, see policy_loss
     group: int = 8                    # GRPO: answers per prompt
-    answers: int = 512                # answers per update; half as many without groups
+    answers: int = 512                # GRPO: answers per update; the others, one answer per prompt, take half
     rejection_answers: int = 2560     # answers for rejection sampling, once or in 4 rounds
-    max_steps: int = 120              # rollouts of reinforce, ppo, grpo
+    max_steps: int = 160              # rollouts of reinforce, ppo, grpo
     epochs: int = 1                   # GRPO: optimizer steps per rollout
     ppo_epochs: int = 3               # PPO: the same
     lr: float = 1e-3                  # peak learning rate of the policy
     value_lr: float = 3e-3            # PPO: of the critic
-    clip: float = 0.2                 # a token is not pushed beyond this relative change since the rollout
+    clip: float = 0.2                 # a token is not pushed beyond this relative change (not for gspo)
     kl_coef: float = 0.01             # PPO: price of a nat of distance from the reference
     gamma: float = 1.0                # PPO: a reward one token later is worth this share
     lam: float = 0.95                 # PPO: how far GAE trusts rewards over the critic
-    right_share: float = 0.1          # the annotators write the whole name this often
+    right_share: float = 0.05         # the annotators write the whole name this often
     # Shape: 0.1 million parameters.
     block_size: int = 18              # longest prompt and answer, in tokens; longer answers are cut off
     n_layer: int = 2                  # layers
@@ -90,20 +90,21 @@ class Config:
 PRESETS = {"laptop": {}}  # the defaults above
 
 
-# --- 2. Model: a policy is a model seen as what writes answers. From a reward to a gradient, then the model itself ---
-# The whole theory in four lines. We want a large mean reward E[r(y)] over the policy's own answers y. Sampling has no
-# derivative, but the mean has:
+# --- 2. Model: the policy (a model that writes answers): from a reward to a gradient, then the model itself ----------
+# A rollout is a batch of answers sampled from the policy. The whole theory in four lines: we want a large mean reward
+# E[r(y)] over the policy's own answers y. Sampling has no derivative, but the mean has:
 #
 #     grad E[r(y)] = E[ r(y) * grad ln p(y) ]      (REINFORCE, Williams 1992): imitation, weighted by reward
 #     = E[ (r(y) - b) * grad ln p(y) ]             for any b that does not depend on y; b near E[r] means less noise
 #     A = r - b is the advantage                   better than expected: up; worse: down
-#     E_now[A] = E_old[ratio * A]                  ratio = p_now / p_old: answers of an older policy, reweighted
+#     E_now[A] = E_old[ratio * A]                  ratio = p_now / p_old of the answer: an older policy's, reweighted
 #
 # The price of not differentiating: one number per answer for all its tokens. Imitation says for each token which would
 # have been right; a reward only says that the whole was good. That is why it needs so many answers.
 #
-# All that follows is about b (a batch's mean, a group's, a critic) and about the last line: several steps on one
-# rollout are cheaper than a rollout for each, and the ratio is trusted near 1 only (the clip).
+# All that follows is about b (a batch's mean, a group's, a critic; a mean that includes y only shrinks the step by
+# 1 - 1/G) and about the last line: several steps on one rollout are cheaper than a rollout for each. PPO takes each
+# token's ratio instead of the answer's, and trusts it only near 1 (the clip).
 def token_logps(logits, tokens):
     """logits (B, T, V), tokens (B, T) -> ln p of each token (B, T)."""
     # Trap: sampling at temperature 0.7, or with top-p, and training on the log-probs at 1: the ratio then compares two
@@ -130,8 +131,8 @@ def masked_mean(x, mask):
 
 # Q: Why divide by the group's standard deviation?
 # A: So that a step has one size, whatever the scale of the rewards. The price: a prompt that 1 of 8 answers gets right
-#    has std 0.35, one that half of them get right 0.53, so hard and easy prompts count more than those in between.
-#    Dr. GRPO leaves the division out for that reason.
+#    has std 0.35, one that half of them get right 0.53: hard and easy prompts gain weight against those in between
+#    (mean |A| is 0.66 of theirs instead of 0.44). Dr. GRPO leaves the division out for that reason.
 def group_advantages(rewards, group, scale=True):
     """rewards (B), each `group` neighbors answer one prompt -> advantages (B): (r - mean) / (std + 1e-4) per group."""
     # Against the other answers to the SAME prompt: easy prompts earn more, and that says nothing about an answer. A
@@ -184,12 +185,13 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
 
 # The variants: four small switches on one formula.
 #     grpo      mean over the tokens of each answer, then over answers
-#     dr_grpo   sum over all tokens / (B * longest possible answer); advantages without the std
+#     dr_grpo   sum over all tokens / (B * a constant, here the length of a row); advantages without the std
 #     dapo      mean over all tokens of the batch; the clip is wider upwards: rare tokens have room to grow
-#     gspo      one ratio per answer, exp(mean of its tokens' log-ratios), with a much narrower clip
+#     gspo      grpo with one ratio per answer, exp(mean of its tokens' log-ratios), and a much narrower clip of its own
+# With one step per rollout (--epochs 1) all ratios are 1: gspo is grpo then, and no clip acts.
 # Left out: GRPO's paper adds beta * k3 to the loss, k3 = exp(d) - d - 1 with d = ln p_ref - ln p, an estimate of the KL
 # that is never negative; most recipes of today set beta to 0. DAPO also samples until each group has right and wrong
-# answers: in a group of equal rewards all advantages are 0, and late in a run most groups are like that.
+# answers: in a group of equal rewards all advantages are 0, and early and late in a run most groups are like that.
 #
 # Q: Which mean over tokens?
 # A: grpo's blames each token of a long wrong answer less than one of a short wrong answer, so wrong answers grow
@@ -200,7 +202,7 @@ def policy_loss(logps, old_logps, advantages, mask, variant, clip):
     (B, T); variant: ppo (as dapo, without the wider clip), grpo, dr_grpo, dapo, gspo. -> (loss, share of clipped)."""
     # Q: On the first step on a rollout logps == old_logps, so the ratio is exactly 1. Is the code dead?
     # A: No: d(ratio) = ratio * d(logps), so the gradient is A * grad ln p, REINFORCE. The loss itself is about 0, since
-    #    advantages sum to 0: watch the reward. The clip bites from the second step on.
+    #    advantages sum to about 0: watch the reward. The clip bites from the second step on one rollout on.
     log_ratio = logps - old_logps                                              # (B, T)
     low, high = (1 - clip, 1 + clip + 0.08) if variant == "dapo" else (1 - clip, 1 + clip)
     if variant == "gspo":
@@ -345,7 +347,7 @@ def draw_numbers(count, seed, validation):
 
 
 def encode_toy(text):
-    """Text of the toy language -> ids: "40=forty\\n" -> [10, 6, 2, 38, 1]. Raises ValueError for unknown words."""
+    """Text of the toy language -> ids, one for each digit, word, "=" and newline. Raises ValueError for other words."""
     return [TOY_VOCAB.index(piece) for piece in re.findall(r"\d|\n|=|[^\s\d=]+", text)]
 
 
@@ -376,14 +378,14 @@ def get_batch(data, rows, seed, step):
     return tuple(part[index] for part in data)  # one gather per tensor, no Python loop over rows
 
 
-# The annotators of this file are in a hurry: nine names in ten lack their last word ("40215" -> "forty thousand two
+# The annotators of this file are in a hurry: 19 names in 20 lack their last word ("40215" -> "forty thousand two
 # hundred"). A reward is not: an answer is right or it is not.
 #
 # Q: Why can imitation not do it?
-# A: Cross-entropy's optimum is the distribution of the labels: the whole name one time in ten. More steps bring the
-#    model closer to that, and greedy decoding, which takes the majority, is never right. The reward says which of the
-#    two is meant. The least change for that is to give the whole name probability 1 instead of 0.1, which costs
-#    KL = ln 10 = 2.3 nats per answer.
+# A: Cross-entropy's optimum is the distribution of the labels: the whole name one time in twenty. More steps bring the
+#    model closer to that, and greedy decoding, which takes the majority, is hardly ever right. The reward says which of
+#    the two is wanted. The smallest change is to give the whole name probability 1 instead of 0.05: KL = ln 20 = 3.0
+#    nats per answer.
 def hasty_rows(numbers, cfg):
     """Numbers -> rows to imitate: a name is whole with probability right_share, else it lacks its last word."""
     rng, pairs = random.Random(cfg.seed), []
@@ -531,23 +533,25 @@ def collect(policy, numbers, reward, cfg, seed, temperature=1.0):
 
 
 # Q: When is rejection sampling enough?
-# A: When right answers turn up, a program can tell, and only right or wrong matters: keep the right ones and imitate
-#    them (rounds = 1). Repeated with the better policy (rounds > 1: expert iteration, Anthony et al. 2017, arXiv
-#    1705.08439; STaR) it needs the fewest answers here, since each kept one is trained on many times; REINFORCE uses an
-#    answer once. It learns nothing from wrong answers, nor from rewards that say how good.
+# A: When right answers turn up and a judge can tell: keep the best and imitate them (rounds = 1). Repeated with the
+#    better policy (expert iteration, Anthony et al. 2017, arXiv 1705.08439; STaR) it needs the fewest answers here,
+#    since each kept one is trained on many times, where REINFORCE uses an answer once. It learns nothing from wrong
+#    answers, and where right ones are rare one round finds too few.
 def reject(imitator, cfg, reward, rounds, look):
-    """Rounds of: sample, keep the best, train the imitator on all that was kept. -> (policy, answers, looks)."""
+    """Rounds of: sample, keep the best, train the imitator on what was kept so far. -> (policy, [{answers, ...}])."""
     policy, kept, looks, spent = imitator, [], [], 0.0
     for i in range(rounds):
         began, seed = time.perf_counter(), cfg.seed * 1_000_003 + i
         inputs, targets, mask, rewards, *_ = collect(
             policy, draw_prompts(cfg.rejection_answers // rounds, seed, False), reward, cfg, seed)
-        best = (rewards > rewards.mean()) & (rewards >= rewards.quantile(0.9))  # of 0 and 1: the ones
-        if not best.any():
+        # The right ones, as the reward is 0 or 1. Trap: the same with a graded reward keeps answers to easy prompts;
+        # then take several answers to each prompt, and keep the best of those.
+        best = rewards == rewards.max()                                        # (B)
+        if i == 0 and best.all():
             raise ValueError(f"the {len(best)} answers all earn {rewards[0].item():g}: there is nothing to keep")
         kept.append((inputs[best].cpu(), targets.masked_fill(mask == 0, IGNORE)[best].cpu()))
         policy = copy.deepcopy(imitator)
-        fit(policy, cfg, [torch.cat(parts) for parts in zip(*kept, strict=True)], compute_loss, 150, 1e-3)
+        fit(policy, cfg, [torch.cat(parts) for parts in zip(*kept, strict=True)], compute_loss, 150, cfg.lr)
         spent += time.perf_counter() - began
         looks.append(dict(answers=len(best) * (i + 1), seconds=spent, **look(policy)))
     return policy, looks
@@ -634,7 +638,7 @@ class KVCache:
 # generate for Llama.) Positions are right, and nobody needs a mask.
 @torch.no_grad()
 def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
-    """Sample an answer to each prompt (a list of ids). -> (ids (B, T), T <= columns; starts (B): where answers begin).
+    """Sample an answer to each prompt (a list of ids). -> (ids (B, T), T = columns; starts (B): where answers begin).
 
     eos ends an answer and fills the rest of its row; an answer without one was cut off. temperature 0 = the likeliest
     token. Leaves the model in eval mode.
@@ -654,7 +658,7 @@ def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
         ended |= writing & (token == eos)
         if ended.all():
             break
-    return ids[:, :t + 1], starts
+    return ids, starts
 
 
 # --- 8. Main: imitate, then learn from the reward in each way ---------------------------------------------------------
@@ -709,10 +713,10 @@ def main(cfg):
     fit(imitator, cfg, examples, compute_loss, cfg.sft_steps, cfg.sft_lr)
     val_loss = evaluate(imitator, val, cfg)
 
-    # Two parts of the held-out numbers: one is looked at on the way, the other once, at the end. Whoever chooses rates
-    # by what he looks at needs the second.
-    held_out = sorted(set(draw_prompts(2000, cfg.seed, True)))
-    numbers, final = held_out[::4][:300], held_out[1::2][:500]
+    # Two parts of the held-out numbers: one is looked at on the way, the other once, at the end. If you tune on the
+    # first, report the second. (fromkeys: each once, and in the order in which they were drawn.)
+    held_out = list(dict.fromkeys(draw_prompts(2000, cfg.seed, True)))
+    numbers, final = held_out[:300], held_out[300:800]
     policies, runs, table = {"sft": imitator}, {}, {"sft": dict(answers=0, seconds=0.0)}
 
     def look(policy):
@@ -728,8 +732,8 @@ def main(cfg):
         table[method] |= look_at(policy, imitator, final, reward, cfg)
 
     # How to read the table. answers: how often the reward was asked, the price where a judge is slow or human. sampled
-    # below greedy: the policy is not sure yet. ended below 1: answers are being cut off, look at the reward. kl: the
-    # least for this task is ln 10 = 2.3; what is above it changed more than it had to.
+    # below greedy: the policy is not sure yet. ended below 1: answers are being cut off, look at the reward. kl: to be
+    # always right costs at least -ln(what sft has sampled), about 3; what is above that changed more than it had to.
     columns = ("answers", "sampled", "greedy", "ended", "kl", "seconds")
     print(f"\n{'mean reward of':<14}" + "".join(f"{column:>10}" for column in columns))
     for method, row in table.items():

@@ -93,7 +93,7 @@ def draw_numbers(count, seed, validation):
 
 
 def encode_toy(text):
-    """Text of the toy language -> ids: "40=forty\\n" -> [10, 6, 2, 38, 1]. Raises ValueError for unknown words."""
+    """Text of the toy language -> ids, one for each digit, word, "=" and newline. Raises ValueError for other words."""
     return [TOY_VOCAB.index(piece) for piece in re.findall(r"\d|\n|=|[^\s\d=]+", text)]
 
 

@@ -913,16 +913,19 @@ def lora_qlora(args):
     results, rows = {"peft": peft.__version__, "step": []}, []
     for width, layers in ((512, 8), (1024, 3)):
         # A vocabulary that makes the head 4 % of the weights, as in an 8B Llama (6 %): its work is the same for all.
-        cfg = m.Config(n_layer=layers, n_head=8, n_kv_head=4, n_embd=width, ffn_size=3 * width, vocab_size=4 * width,
-                       block_size=T, init_std=width ** -0.5, rank=16, alpha=32.0, method="all")
-        base = m.build_model(cfg)
-        models = {method: m.make_ready(m.copy.deepcopy(base), method, cfg).train() for method in m.METHODS}
+        shape = m.BASE | dict(num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, hidden_size=width,
+                              intermediate_size=3 * width, vocab_size=4 * width)
+        cfg = m.Config(device="cpu", rank=16, alpha=32.0)
+        torch.manual_seed(0)
+        base = m.Llama(shape)
+        models = {method: m.make_ready(base, method, cfg).train() for method in ("full", "lora", "qlora")}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            m.save_pretrained(base, base.cfg, folder)
-            m.save_adapter(models["lora"], cfg, folder, Path(folder) / "adapter")
-            plain = transformers.LlamaForCausalLM.from_pretrained(folder)
-            models["peft"] = peft.PeftModel.from_pretrained(plain, Path(folder) / "adapter", is_trainable=True).train()
-        ids = torch.randint(cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
+            plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                **{key: value for key, value in shape.items() if not key.startswith("rope")}, rope_theta=1e4))
+            plain.load_state_dict(base.state_dict())
+            m.save_adapter(models["lora"], "", folder)
+            models["peft"] = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True).train()
+        ids = torch.randint(shape["vocab_size"], (B, T + 1), generator=torch.Generator().manual_seed(0))
         losses = {}
 
         def step(who, model, ids=ids, losses=losses):
@@ -963,15 +966,17 @@ def dpo(args):
     import torch.nn.functional as F
     m = load_script("dpo")
     rounds, B, T = args.rounds or 15, 16, 64
-    cfg = m.Config(n_layer=4, n_head=8, n_kv_head=4, n_embd=256, ffn_size=768, vocab_size=4096, block_size=T, beta=0.3,
-                   init_std=0.0625, carrier="all")
-    ours = m.build_model(cfg).train()
-    theirs, reference = m.build_model(cfg).train(), m.build_model(cfg).eval()
+    cfg = m.Config(device="cpu", n_layer=4, n_head=8, n_embd=256, ffn_size=768, vocab_size=4096, beta=0.3, nll=0.0)
+
+    def model():
+        torch.manual_seed(0)
+        return m.SmallLlama(cfg)
+    ours, theirs, reference = model().train(), model().train(), model().eval()
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randint(4096, (B, 2, T), generator=generator)
     targets = torch.randint(4096, (B, 2, T), generator=generator)
     targets[:, :, :T // 2] = m.IGNORE
-    stored = m.reference_logps(reference, (inputs, targets), cfg)
+    stored = m.pair_logps(reference, inputs, targets, cfg).unbind(1)
     losses = {}
 
     def step(who, model, loss):
@@ -988,10 +993,6 @@ def dpo(args):
             return time.perf_counter() - began
         return run
 
-    def our_loss():
-        loss_sum, count, _ = m.preference_loss(ours, (inputs, targets, stored), cfg)
-        return loss_sum / count
-
     def logps(model, side):
         wanted = targets[:, side]
         each = model(inputs[:, side]).log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
@@ -1002,8 +1003,8 @@ def dpo(args):
             ref_c, ref_r = logps(reference, 0), logps(reference, 1)
         return -F.logsigmoid(0.3 * (logps(theirs, 0) - ref_c - logps(theirs, 1) + ref_r)).mean()
 
-    seconds = take_turns({"ours": step("ours", ours, our_loss), "two models": step("two models", theirs, their_loss)},
-                         rounds)
+    seconds = take_turns({"ours": step("ours", ours, lambda: m.preference_loss(ours, inputs, targets, *stored) / B),
+                          "two models": step("two models", theirs, their_loss)}, rounds)
     results = {"parameters": sum(p.numel() for p in ours.parameters()), "pairs": B, "tokens": T,
                "loss_difference": abs(losses["ours"] - losses["two models"]), "seconds_per_round": seconds,
                "time_ratio": 1 / times_faster(seconds, "ours", "two models")}
@@ -1021,41 +1022,51 @@ def ppo_grpo(args):
     import transformers
     transformers.logging.set_verbosity_error()
     m = load_script("ppo_grpo")
-    rounds, tokenizer = args.rounds or 15, m.ToyTokenizer()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        # Imitation first: answers have the lengths that they have in a run.
-        cfg = m.Config(vocab_size=tokenizer.n_vocab, max_steps=250, lr=2e-3, out=folder, eval_every=250)
-        policy = m.build_model(cfg)
-        rows = m.sloppy_rows(m.draw_prompts(20_000, 0, "train"), tokenizer, 0, 0.3)
-        m.train(policy, cfg, rows, rows, m.compute_loss)
+    rounds, cfg = args.rounds or 15, m.Config(device="cpu", right_share=1.0)
+    torch.manual_seed(0)
+    policy = m.SmallLlama(cfg)
+    # Imitation first: answers have the lengths that they have in a run.
+    m.fit(policy, cfg, m.hasty_rows(m.draw_prompts(20_000, 0, False), cfg), m.compute_loss, 300, cfg.sft_lr)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd, intermediate_size=cfg.ffn_size,
-        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
-        max_position_embeddings=cfg.block_size, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None)).eval()
-    theirs.load_state_dict(policy.eval().state_dict())
-    prompts = [tokenizer.encode(f"{n}=") for n in m.draw_prompts(cfg.prompts, 0, "train")]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    many, new, written = ids.repeat_interleave(cfg.group, 0), cfg.max_answer, {}
-    generator = torch.Generator().manual_seed(0)
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_head,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)).eval()
+    # The same weights under other names: q, k, v and gate, up are two products here.
+    weights = {"model.embed_tokens.weight": policy.embed.weight, "model.norm.weight": policy.norm.weight,
+               "lm_head.weight": policy.head.weight}
+    for i, block in enumerate(policy.blocks):
+        q, k, v = block.qkv.weight.chunk(3)
+        gate, up = block.gate_up.weight.chunk(2)
+        weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": block.o.weight,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.down.weight,
+            "input_layernorm": block.norm1.weight, "post_attention_layernorm": block.norm2.weight}.items()}
+    theirs.load_state_dict(weights)
+    prompts = [m.encode_toy(f"{n}=") for n in m.draw_prompts(cfg.answers // cfg.group, 0, False)
+               for _ in range(cfg.group)]
+    width, written = max(map(len, prompts)), {}
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    generator, lengths = torch.Generator().manual_seed(0), torch.tensor([len(prompt) for prompt in prompts])
+    check = policy(ids[:8]) - theirs(ids[:8]).logits
+    assert check.abs().max() < 1e-3
 
     def ours():
-        out = m.rollout(policy, ids, ids != 0, cfg.group, new, 1.0, tokenizer.eos_ids, generator)
-        written["ours"] = int((out != 0).sum())
+        out, starts = m.rollout(policy, prompts, cfg.block_size, m.EOS, 1.0, generator)
+        written["ours"] = int(m.answer_mask(out[:, 1:], starts, m.EOS).sum())
 
     def with_transformers():
         with torch.no_grad():
-            out = theirs.generate(many, attention_mask=(many != 0).long(), max_new_tokens=new, do_sample=True,
-                                  temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
-                                  eos_token_id=tokenizer.eos_ids[0])
+            out = theirs.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=cfg.block_size - 4,
+                                  do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                                  eos_token_id=m.EOS)
         written["transformers"] = int((out[:, width:] != 0).sum())
 
     seconds = take_turns({"ours": timed(ours), "transformers": timed(with_transformers)}, rounds)
-    results = {"transformers": transformers.__version__, "rows": len(many), "new_tokens": written["ours"] / len(many),
+    results = {"transformers": transformers.__version__, "rows": len(prompts),
+               "new_tokens": written["ours"] / len(prompts), "prompt_tokens": lengths.float().mean().item(),
                "parameters": sum(p.numel() for p in policy.parameters()), "seconds_per_round": seconds,
                "times_faster_than_transformers": times_faster(seconds, "ours", "transformers")}
-    print_table(f"Rollout, {len(many)} answers of {results['new_tokens']:.1f} tokens in the mean", [
+    print_table(f"Rollout, {len(prompts)} answers of {results['new_tokens']:.1f} tokens in the mean", [
         *((who, f"{written[who] / statistics.median(taken):10,.0f} tokens/s") for who, taken in seconds.items()),
         ("times as fast", f"{results['times_faster_than_transformers']:10.2f}")])
     return results

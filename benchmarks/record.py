@@ -45,8 +45,9 @@ def main():
                            env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
             summary = json.loads(Path(out, "summary.json").read_text(encoding="utf-8"))
             summary["config"].pop("out")
-            # Rows with an evaluation are enough for a curve.
-            summary["history"] = [row for row in summary.get("history", []) if "val_loss" in row]
+            # Rows with an evaluation are enough for a curve. Technique scripts keep few: {method: rows}.
+            if isinstance(summary.get("history", []), list):
+                summary["history"] = [row for row in summary.get("history", []) if "val_loss" in row]
             kept.append(summary | {"arguments": arguments, "code": code_hash(script)})
             for picture in Path(out).glob("*.png") if len(kept) == 1 else ():
                 middle = "" if args.run in ("default", "shakespeare") else f"_{args.run}"

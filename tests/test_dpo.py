@@ -233,6 +233,8 @@ def test_rates_and_kl_are_of_the_models_own_samples(m, monkeypatch):
     monkeypatch.setattr(m, "sample_answers", lambda *args: texts)
     rates = m.answer_rates(model, other, [200] * 4, cfg, 0)
     assert (rates["preferred"], rates["correct"]) == (0.25, 0.5)
+    texts[:] = [None] * 4
+    assert math.isnan(m.answer_rates(model, other, [200] * 4, cfg, 0)["kl"])  # nothing ended
 
 
 # --- wiring ----------------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_a_whole_run(m, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     for key in ("preferred_rate", "correct_rate", "kl", "pair_accuracy", "logps_chosen", "logps_rejected"):
         assert set(results[key]) == {"before", "after", "control"}
-    assert results["pair_accuracy"]["before"] == 0 and results["pair_accuracy"]["after"] == 1
+    assert results["pair_accuracy"]["before"] == 0.5 and results["pair_accuracy"]["after"] == 1
     assert results["kl"]["before"] == pytest.approx(0, abs=1e-5) and results["kl"]["after"] > 0
     last = m.pair_logps(policy, *m.pair_rows([([3, 4, 2], [20, 21, 1], [22, 23, 24, 1])]), cfg)[0]
     assert [results[f"logps_{side}"]["after"] for side in ("chosen", "rejected")] == pytest.approx(last.tolist())
@@ -341,8 +343,9 @@ def test_files_of_another_form(m, tmp_path, tiktoken_cache, content, words):
         m.main(config(m, data=str(tmp_path / "bad.json"), out=str(tmp_path / "o")))
 
 
-@pytest.mark.parametrize("change, words", [(dict(loss="magic"), "dpo, cdpo, ipo, simpo"), (dict(n_embd=25), "n_embd"),
-                                           (dict(max_steps=0), "start at 1")])
+@pytest.mark.parametrize("change, words", [
+    (dict(loss="magic"), "dpo, cdpo, ipo, simpo"), (dict(n_embd=25), "n_embd"), (dict(pairs=0), "start at 1"),
+    (dict(max_steps=0), "start at 1")])
 def test_mistakes_cost_one_line(m, change, words):
     with pytest.raises(ValueError, match=words):
         m.main(config(m, **change))

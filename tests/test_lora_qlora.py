@@ -63,13 +63,11 @@ def test_the_layer_is_base_plus_s_b_a(m, which):
     assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
     layer.lora_B.weight.data = torch.randn(40, 3)
     y, A, B = layer(x), layer.lora_A.weight, layer.lora_B.weight
-    tolerance = dict(rtol=0.02, atol=0.05) if before.dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     wanted = before + (2.0 * (x.float() @ A.t()) @ B.t()).to(before.dtype)
-    torch.testing.assert_close(y, wanted, **tolerance)
     ours = torch.autograd.grad(y.float().square().sum(), (A, B, x))
     theirs = torch.autograd.grad(wanted.float().square().sum(), (A, B, x))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"])
+    for a, b in zip((y, *ours), (wanted, *theirs), strict=True):
+        assert (a - b).norm() < (0.03 if which == 3 else 1e-5) * b.norm()
 
 
 def test_scales_and_beginnings(m):
@@ -107,6 +105,7 @@ def test_merge_and_unmerge(m, which):
     layer.merge()
     tolerance = dict(rtol=0.05, atol=0.05) if which == 3 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x), before, **tolerance)
+    assert [name for name, _ in layer.named_parameters()][-1] == "lora_B.weight" and len(list(layer.parameters())) < 5
     exact = weight.float() + 2.0 * layer.lora_B.weight @ layer.lora_A.weight
     assert torch.equal(base.weight, exact.to(weight.dtype))  # rounded once
     with pytest.raises(AssertionError, match="merged already"):
@@ -115,8 +114,21 @@ def test_merge_and_unmerge(m, which):
     assert torch.equal(base.weight, weight) and torch.equal(layer(x), before)
 
 
+def test_merging_leaves_other_adapters_of_one_base_alone(m):
+    base = small(m)
+    one, two = (disturb(m.make_ready(base, "lora", config(m, rank=3)), seed).eval() for seed in (1, 2))
+    plain, before = base(ids_of()), two(ids_of())
+    for layer in one.modules():
+        if isinstance(layer, m.LoRALinear):
+            layer.merge()
+    assert torch.equal(base(ids_of()), plain) and torch.equal(two(ids_of()), before)
+    assert one.model.embed_tokens.weight is base.model.embed_tokens.weight  # shared, not copied
+    with pytest.raises(ValueError, match="adapters already"):
+        m.add_lora(one, ["q_proj"], 2, 2.0)
+
+
 def test_codes_refuse_to_merge(m):
-    with pytest.raises(AssertionError, match="no nn.Linear"):
+    with pytest.raises(AssertionError, match="only an nn.Linear"):
         m.LoRALinear(bases(m)[4], 3, 6.0).merge()
 
 
@@ -130,7 +142,7 @@ def test_the_layer_needs_nothing_else(m):
     layer.merge()
     space = {"NF4": m.NF4}
     exec("import functools, math, torch\nimport torch.nn.functional as F\n" + "\n\n".join(
-        inspect.getsource(f) for f in (m.dynamic_map, m.quantize_nf4, m.dequantize_nf4)), space)
+        inspect.getsource(f) for f in (m.lookup_tables, m.quantize_nf4, m.dequantize_nf4)), space)
     weight = torch.randn(8, 16)
     back = space["dequantize_nf4"]((8, 16), *space["quantize_nf4"](weight))
     assert torch.equal(back, m.dequantize_nf4((8, 16), *m.quantize_nf4(weight)))
@@ -190,7 +202,7 @@ def test_bits_equal_bitsandbytes(m, seed):
 
 def test_the_dynamic_map_is_the_published_one(m):
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(m.dynamic_map(), functional.create_dynamic_map())
+    assert torch.equal(m.lookup_tables("cpu")[1], functional.create_dynamic_map())
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 64), (100, 33)])
@@ -446,10 +458,10 @@ def test_defaults_for_a_published_model_are_gentle(m, published, tmp_path, monke
     seen = []
     monkeypatch.setattr(m, "fit", lambda model, cfg, data, loss, steps, lr, after: (
         seen.append((cfg, lr)), after(steps - 1)))
-    monkeypatch.setattr(m, "measure_steps", lambda models, *args: dict.fromkeys(models, (0, 0)))
+    monkeypatch.setattr(m, "measure_steps", lambda models, *args: dict.fromkeys(models, 0))
     m.main(m.Config(device="cpu", checkpoint=folder, data=path, out=str(tmp_path / "o"), batch_size=4))
     (cfg, lr), = seen
-    assert (cfg.rank, cfg.dropout, cfg.batch_size, lr) == (16, 0.05, 4, 2e-4)
+    assert (cfg.rank, cfg.batch_size, lr) == (16, 4, 2e-4)
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -475,7 +487,6 @@ def test_the_methods_share_base_data_and_steps(m, tmp_path, monkeypatch):
     assert torch.equal(models["base"](ids_of(V=40)), full[5])  # the base is as it was
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     assert results["trainable_parameters"]["lora"] < 0.05 * results["trainable_parameters"]["full"]
-    assert results["training_bytes"]["full"] == pytest.approx(12 * 405_376, rel=0.001)
     assert results["weight_bytes"]["qlora"] < 0.25 * results["weight_bytes"]["base"]
     for key in ("val_loss", "exact_match", "exact_match_modern"):
         assert set(results[key]) == {"base", "full", "lora", "qlora"}
@@ -487,12 +498,11 @@ def test_measured_steps_change_nothing(m):
     figures = m.measure_steps(models, (ids_of(), ids_of(1)), config(m), rounds=2)
     for name, model in models.items():
         assert all(torch.equal(before[name][key], tensor) for key, tensor in model.state_dict().items())
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert figures[name][1] == pytest.approx(12 * count, rel=0.02) and figures[name][0] > 0
+        assert figures[name] > 0 and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(methods="dora"), "methods are full"), (dict(rank=0), "start at 1"),
+    (dict(methods="dora"), "methods are full"), (dict(rank=-1), "start at 1"),
     (dict(data="my.json"), "--checkpoint goes with"), (dict(checkpoint="x"), "--checkpoint goes with"),
     (dict(adapter="x"), "--checkpoint goes with"), (dict(targets="query"), "no linear layer is called 'query'"),
     (dict(checkpoint="x", data="y.json", methods="full,qlora"), "methods are full")])
@@ -500,6 +510,18 @@ def test_mistakes_cost_one_line(m, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         m.main(config(m, **{"methods": "lora", **change}))
+
+
+def test_a_run_that_diverges_keeps_the_last_good_adapter(m, published, tmp_path, monkeypatch):
+    folder, path = published
+    cfg = config(m, checkpoint=folder, data=path, out=str(tmp_path / "o"), max_steps=10)
+    losses = iter([3.0, 2.0, math.nan])
+    monkeypatch.setattr(m, "evaluate", lambda *args: next(losses))
+    saved = []
+    monkeypatch.setattr(m, "save_adapter", lambda *args: saved.append(args))
+    with pytest.raises(ValueError, match="not finite at step 2"):
+        m.main(cfg)
+    assert len(saved) == 1
 
 
 @pytest.mark.parametrize("content, words", [
@@ -512,7 +534,7 @@ def test_files_of_another_form(m, published, tmp_path, content, words):
 
 
 def test_the_command_line(m, tmp_path):
-    done = subprocess.run([sys.executable, m.__file__, "--rank", "0"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, m.__file__, "--rank", "-1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

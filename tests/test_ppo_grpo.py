@@ -326,22 +326,23 @@ def test_the_critic_does_not_bend_the_policy(m, monkeypatch):
 
 
 def test_learning_rates_are_the_named_ones(m, monkeypatch):
-    made, real = [], torch.optim.AdamW
+    made, rates, real = [], [], torch.optim.AdamW
 
     class Adam(real):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            made.append((self, []))
+            made.append(self)
 
         def step(self, *args):
-            made[[one for one, _ in made].index(self)][1].append(self.param_groups[0]["lr"])
+            rates.append([group["lr"] for group in self.param_groups])
             return super().step(*args)
     monkeypatch.setattr(torch.optim, "AdamW", Adam)
-    cfg = config(m, max_steps=4, warmup_steps=2, lr=1e-3, value_lr=5e-3, ppo_epochs=1)
-    m.reinforce(small(m), cfg, "ppo", noisy, lambda one: {})
-    (policy_rates, critic_rates), wanted = (rates for _, rates in made), [5e-4, 1e-3, 1e-3, 5e-4]
-    assert policy_rates == pytest.approx(wanted) and critic_rates == pytest.approx([5 * lr for lr in wanted])
-    assert made[1][0].param_groups[0]["weight_decay"] == 0
+    cfg, policy = config(m, max_steps=4, warmup_steps=2, lr=1e-3, value_lr=5e-3, ppo_epochs=1), small(m)
+    m.reinforce(policy, cfg, "ppo", noisy, lambda one: {})
+    optimizer, = made
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(policy.parameters())), 2]
+    assert rates == [pytest.approx([lr, 5 * lr]) for lr in (5e-4, 1e-3, 1e-3, 5e-4)]
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 
 @pytest.mark.parametrize("rounds", [1, 4])
@@ -356,14 +357,27 @@ def test_rejection_imitates_the_best_answers(m, rounds, monkeypatch):
     assert all(args[2] is False for args, _ in draw.calls) and collect.calls[0][0][0] is imitator
     assert len({args[1] for args, _ in draw.calls}) == rounds
     wanted = []
-    for i, (_, (inputs, targets, mask, rewards, _, _)) in enumerate(collect.calls):
-        best = (rewards > rewards.mean()) & (rewards >= rewards.quantile(0.9))
+    for i, ((_, numbers, *_), (inputs, targets, mask, rewards, _, _)) in enumerate(collect.calls):
+        assert numbers == draw.calls[i][1] and len(numbers) == 40 // rounds
+        best = rewards == rewards.max()
         assert 0 < best.sum() < len(best) / 2
         wanted.append((inputs[best], targets.masked_fill(mask == 0, m.IGNORE)[best]))
         (model, _, data, loss_fn, *_), _ = fit.calls[i]
         for ours, theirs in zip(data, zip(*wanted, strict=True), strict=True):
             assert torch.equal(ours, torch.cat(theirs)) and loss_fn is m.compute_loss
         assert model is looked[i] and (i + 1 == rounds or collect.calls[i + 1][0][0] is model)  # the better one samples
+
+
+def test_a_round_in_which_all_are_equal_ends_nothing(m, monkeypatch):
+    """When the policy is right everywhere there is nothing new to keep, and what was kept still counts."""
+    rewards = iter([torch.tensor([1.0, 0, 0, 0] * 2), torch.ones(8)])
+    real = m.collect
+    monkeypatch.setattr(m, "collect", lambda *args: (*real(*args)[:3], next(rewards), 1.0, []))
+    policy, looks = m.reject(small(m), config(m, rejection_answers=16), noisy, 2, lambda one: {})
+    assert [look["answers"] for look in looks] == [8, 16]
+    with pytest.raises(ValueError, match="nothing to keep"):
+        monkeypatch.setattr(m, "collect", lambda *args: (*real(*args)[:3], torch.ones(8), 1.0, []))
+        m.reject(small(m), config(m, rejection_answers=16), noisy, 2, lambda one: {})
 
 
 def test_every_stage_begins_from_the_imitator(m, tmp_path, monkeypatch):
@@ -395,7 +409,8 @@ def test_every_stage_begins_from_the_imitator(m, tmp_path, monkeypatch):
     way, final = looks.calls[0][0][2], looks.calls[-1][0][2]
     assert not set(way) & set(final) and all(map(m.is_validation, way + final)) and len(final) == 500
     assert [args[0] for args, _ in looks.calls[-6:]] == list(policies.values())
-    assert all(args[1] is policies["sft"] for args, _ in looks.calls)
+    assert all(args[1] is policies["sft"] for args, _ in looks.calls) and len(m.TOY_VOCAB) == cfg.vocab_size
+    assert sum(n > 99_999 for n in final) > 100 < sum(n < 10_000 for n in final)  # as prompts are drawn
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["results"]["answers"] == dict(sft=0, rejection=40, iterated=40, reinforce=16, ppo=16, grpo=32)
     assert set(summary["results"]) == {"accuracy", "accuracy_greedy", "answers", "seconds", "kl", "ended"}
@@ -467,7 +482,7 @@ def test_a_reward_of_ones_own(m, mine):
     (dict(reward="{}:fails"), "KeyError"), (dict(reward="{}:nan"), "is nan"), (dict(reward="{}:gone"), "no attribute"),
     (dict(reward="no.py:f"), "--reward no.py:f"), (dict(reward="{}:same", methods="grpo"), "nothing to learn from"),
     (dict(reward="{}:same", methods="rejection"), "nothing to keep"), (dict(methods="magic"), "methods are"),
-    (dict(variant="x"), "variants"), (dict(group=1), "group at 2"), (dict(answers=12), "2 * group answers"),
+    (dict(variant="x"), "variant is one of"), (dict(group=1), "group at 2"), (dict(answers=12), "2 * group answers"),
     (dict(n_embd=25), "n_embd")])
 def test_mistakes_cost_one_line(m, mine, change, words):
     change = {key: value.format(mine) if isinstance(value, str) else value for key, value in change.items()}
