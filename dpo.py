@@ -69,7 +69,7 @@ class Config:
     n_head: int = 4                   # heads, n_embd / n_head wide each
     n_embd: int = 64                  # width of the residual stream
     ffn_size: int = 192               # width inside the MLP
-    vocab_size: int = 0               # 0 = as many as the data has tokens
+    vocab_size: int = 0               # 0 = as many as the data has tokens, and no other
     # Optimization: first imitation, then preferences, of all weights.
     sft_steps: int = 1200             # steps of imitation (supervised fine-tuning)
     sft_lr: float = 3e-3              # its peak learning rate
@@ -401,7 +401,7 @@ def read_pairs(cfg):
     """A JSON list of {"instruction", "input" (optional), "chosen", "rejected"} -> (triples of ids, number of tokens).
     Raises OSError, or ValueError for a file of another form."""
     import tiktoken
-    gpt2, entries = tiktoken.get_encoding("gpt2"), json.loads(Path(cfg.data).read_text(encoding="utf-8-sig"))
+    entries, gpt2 = json.loads(Path(cfg.data).read_text(encoding="utf-8-sig")), tiktoken.get_encoding("gpt2")
     pairs, keys = [], ("instruction", "chosen", "rejected")
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
@@ -622,11 +622,14 @@ def plot_looks(path, looks):
 
 def main(cfg):
     """Imitate, make pairs, learn from them; the control likewise. -> the model that learned from pairs."""
-    if min(cfg.n_head, cfg.batch_size, cfg.sft_steps, cfg.max_steps, cfg.pairs) < 1 or cfg.loss not in BETA or (
-            cfg.n_embd % (2 * cfg.n_head)):
-        raise ValueError(f"2 * n_head must divide n_embd, steps and sizes start at 1, loss is one of {', '.join(BETA)}")
+    if min(cfg.n_head, cfg.batch_size, cfg.sft_steps, cfg.max_steps, cfg.pairs, cfg.block_size - 17) < 1 or (
+            cfg.loss not in BETA or cfg.n_embd % (2 * cfg.n_head)):
+        raise ValueError(f"2 * n_head must divide n_embd, steps and sizes start at 1, block_size at 18, loss is one of "
+                         f"{', '.join(BETA)}")
     began, toy, (examples, sft_val, pairs, V) = time.perf_counter(), cfg.data == "numbers", make_data(cfg)
-    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or V)
+    if cfg.vocab_size not in (0, V):
+        raise ValueError(f"vocab_size is {V} for these data")
+    cfg = dataclasses.replace(cfg, vocab_size=V)
     (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     model = SmallLlama(cfg).to(cfg.device)

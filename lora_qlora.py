@@ -677,7 +677,6 @@ def from_pretrained(name):
     from safetensors.torch import load_file
     folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     hf = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | json.loads((folder / "config.json").read_text("utf-8"))
-    hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))  # old files: one for each query head
     # Old files have rope_theta and rope_scaling, new ones put both into rope_parameters; each may stand in either.
     rope = dict(rope_type="default", rope_theta=hf.pop("rope_theta", 1e4))
     rope |= (hf.pop("rope_parameters", None) or {}) | (hf.pop("rope_scaling", None) or {})
@@ -693,6 +692,7 @@ def from_pretrained(name):
     with torch.device("meta"):  # shapes without memory: the tensors are taken as they are in the file
         model = Llama(shape)
     model.load_state_dict(tensors, assign=True)
+    model.eos = hf["eos_token_id"][0] if isinstance(hf["eos_token_id"], list) else int(hf["eos_token_id"])
     return model.to(tensors["model.embed_tokens.weight"].dtype).eval(), folder
 
 
@@ -715,7 +715,7 @@ def save_adapter(model, base_name, folder):
 def load_adapter(model, folder, dropout=0.0):
     """Put the adapter of a folder (ours or PEFT's) beside the layers of its base, in place.
 
-    Raises OSError if a file is missing, ValueError if this file does not implement it or it belongs to another base.
+    Raises OSError if a file is missing, ValueError if this file does not implement it or its shapes are another base's.
     """
     from safetensors.torch import load_file
     config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
@@ -763,11 +763,14 @@ def small_base(cfg):
 def published_base(cfg):
     """-> (the Llama of --checkpoint, rows of instructions to train and to validate, decode, eos)."""
     from tokenizers import Tokenizer
-    base, folder = from_pretrained(cfg.checkpoint)
-    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    eos = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    eos = eos[0] if isinstance(eos, list) else eos
-    return base.to(cfg.device), *instruction_rows(cfg, tokenizer, eos), tokenizer.decode, eos
+    try:
+        base, folder = from_pretrained(cfg.checkpoint)
+        # Published files may say "pad to 128" or "cut at 128"; that is for batches, not for a text.
+        text = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) | dict(padding=None, truncation=None)
+        tokenizer = Tokenizer.from_str(json.dumps(text))
+    except Exception as problem:  # files, safetensors and torch each have their own kinds; here all mean the same
+        raise ValueError(f"--checkpoint {cfg.checkpoint}: {type(problem).__name__}: {problem}") from problem
+    return base.to(cfg.device), *instruction_rows(cfg, tokenizer, base.eos), tokenizer.decode, base.eos
 
 
 def make_ready(base, method, cfg):
@@ -836,7 +839,6 @@ def main(cfg):
                 if cfg.checkpoint:
                     save_adapter(model, cfg.checkpoint, out / method)
         fit(model, cfg, train, compute_loss, cfg.max_steps, cfg.full_lr if method == "full" else cfg.lr, after_step)
-        tqdm.write(f"{method}: validation loss {before:.4f} -> {curves[method][-1][1]:.4f}")
     models = {"base": base} | models
     results = tabulate(models, curves, train, cfg)
     for name, model in models.items():

@@ -410,6 +410,8 @@ def find_reward(spec):
     """"exact" or "FILE.py:function" -> a function (prompt, answer) -> number. Raises ValueError for a bad file."""
     if spec == "exact":
         return exact_reward
+    if not re.fullmatch(r".+\.py:\w+", spec):
+        raise ValueError(f"--reward is exact or FILE.py:function, not {spec!r}")
     path, _, name = spec.rpartition(":")
     try:
         # As `python mine.py` would have it: it finds its neighbors, and dataclasses find their module by name.
@@ -418,7 +420,7 @@ def find_reward(spec):
         module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         return getattr(module, name)
-    except Exception as problem:  # somebody else's code: anything may happen in it
+    except (Exception, SystemExit) as problem:  # somebody else's code: anything may happen in it
         raise ValueError(f"--reward {spec}: {type(problem).__name__}: {problem}") from problem
 
 
@@ -429,7 +431,7 @@ def score_answers(reward, prompts, answers, ended):
     for prompt, answer in zip(prompts, answers, strict=True):
         try:
             scores.append(float(reward(prompt, answer)))
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             raise ValueError(f"the reward failed on {prompt!r}, {answer!r}: {type(problem).__name__}: {problem}"
                              ) from problem
         if not math.isfinite(scores[-1]):
@@ -474,16 +476,6 @@ def make_optimizer(model, cfg):
               dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     # fused: one kernel for the whole update instead of a dozen small operations per parameter.
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=cfg.device != "mps")
-
-
-@torch.no_grad()
-def evaluate(model, data, cfg):
-    """-> mean loss in nats per counted target over the WHOLE split. Leaves the model in eval mode."""
-    # Trap: estimating on 20 random batches, as often seen: the figure jumps, and the lowest of many was partly luck.
-    model.eval()  # dropout, where there is any, is off
-    batches = zip(*(part.split(cfg.batch_size) for part in data), strict=True)
-    loss_sum = sum(compute_loss(model, *(t.to(cfg.device) for t in batch)).item() for batch in batches)
-    return loss_sum / (data[-1] != IGNORE).sum().clamp(min=1).item()
 
 
 # The whole of a training step without what keeps a long run safe (checkpoints, resumption: decoder_only.py has them).
@@ -697,21 +689,20 @@ def main(cfg):
     methods = cfg.methods.split(",")
     if not set(methods) <= set(METHODS) or cfg.variant not in VARIANTS:
         raise ValueError(f"methods are of {', '.join(METHODS)}; variant is one of {', '.join(VARIANTS)}")
-    if min(cfg.group - 1, cfg.max_steps, cfg.sft_steps, cfg.batch_size, cfg.block_size - 8) < 1 or (
+    if min(cfg.n_head, cfg.n_embd, cfg.group - 1, cfg.max_steps, cfg.sft_steps, cfg.epochs, cfg.ppo_epochs, cfg.answers,
+           cfg.batch_size, cfg.rejection_answers // 4, cfg.block_size - 8) < 1 or not 0 < cfg.lr < 1 or (
             cfg.n_embd % (2 * cfg.n_head) or cfg.answers % (2 * cfg.group)):
-        raise ValueError("2 * n_head must divide n_embd, 2 * group answers; steps start at 1, group at 2, block_size "
-                         "at 9")
+        raise ValueError("2 * n_head must divide n_embd, 2 * group answers; sizes, steps and answers start at 1, group "
+                         "at 2, rejection_answers at 4, block_size at 9; lr is above 0")
     began, reward = time.perf_counter(), find_reward(cfg.reward)
     score_answers(reward, ["40215="], ["forty thousand two hundred fifteen"], [True])  # a broken one fails now
     (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     imitator = SmallLlama(cfg).to(cfg.device)
-    examples, val = (hasty_rows(draw_prompts(*split), cfg) for split in (
-        (60_000, cfg.seed, False), (1000, cfg.seed, True)))
+    examples = hasty_rows(draw_prompts(60_000, cfg.seed, False), cfg)
     print(f"{sum(p.numel() for p in imitator.parameters()):,} parameters imitate {len(examples[0]):,} answers, "
           f"{cfg.right_share:.0%} of them right")
     fit(imitator, cfg, examples, compute_loss, cfg.sft_steps, cfg.sft_lr)
-    val_loss = evaluate(imitator, val, cfg)
 
     # Two parts of the held-out numbers: one is looked at on the way, the other once, at the end. If you tune on the
     # first, report the second. (fromkeys: each once, and in the order in which they were drawn.)
@@ -746,8 +737,7 @@ def main(cfg):
     results = {dict(sampled="accuracy", greedy="accuracy_greedy").get(column, column): {
         method: row[column] for method, row in table.items()} for column in columns}
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
-        config=dataclasses.asdict(cfg), results=results, history=runs, val_loss=val_loss,
-        seconds=time.perf_counter() - began)))
+        config=dataclasses.asdict(cfg), results=results, history=runs, seconds=time.perf_counter() - began)))
     print(f"\nsee {out}")
     return policies
 

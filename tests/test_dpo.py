@@ -325,6 +325,8 @@ def test_own_preferences_in_a_file(m, tmp_path, tiktoken_cache, capsys):
                           "--n-layer", "1", "--sft-steps", "2", "--max-steps", "12", "--lr", "0.01"])
     pairs, V = m.read_pairs(cfg)
     assert "2 of 32 pairs dropped" in capsys.readouterr().out and len(pairs) == 30 and V == 50257
+    train, held_out = m.make_data(cfg)[2]
+    assert (len(train), len(held_out)) == (27, 3) and not [pair for pair in train if pair in held_out]
     import tiktoken
     gpt2 = tiktoken.get_encoding("gpt2")
     assert gpt2.decode(pairs[3][0]).endswith("### Instruction:\nSay 3.\n\n### Input:\nx\n\n### Response:\n")
@@ -345,7 +347,7 @@ def test_files_of_another_form(m, tmp_path, tiktoken_cache, content, words):
 
 @pytest.mark.parametrize("change, words", [
     (dict(loss="magic"), "dpo, cdpo, ipo, simpo"), (dict(n_embd=25), "n_embd"), (dict(pairs=0), "start at 1"),
-    (dict(max_steps=0), "start at 1")])
+    (dict(max_steps=0), "start at 1"), (dict(block_size=10), "block_size at 18"), (dict(), "vocab_size is 73")])
 def test_mistakes_cost_one_line(m, change, words):
     with pytest.raises(ValueError, match=words):
         m.main(config(m, **change))

@@ -410,6 +410,7 @@ def published(m, tmp_path):
     inner.train_from_iterator([m.instruct_prompt(text) + text["output"] for text in texts], trainer)
     inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     folder = save_base(m, tmp_path / "llama", vocab_size=inner.get_vocab_size())
+    inner.enable_truncation(20)  # published files may say so: it is not for texts
     inner.save(str(folder / "tokenizer.json"))
     long = dict(instruction="word " * 600, output="no")
     (tmp_path / "my.json").write_text("\ufeff" + json.dumps([*texts, long]), encoding="utf-8")
@@ -420,6 +421,7 @@ def test_instructions_become_rows(m, published, capsys):
     import tokenizers
     folder, path = published
     inner = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    inner.no_truncation()
     train, val = m.instruction_rows(config(m, data=path), inner, 1)
     assert "1 of 31 entries dropped" in capsys.readouterr().out and (len(train[0]), len(val[0])) == (27, 3)
     for row, inputs in zip(val[1], val[0], strict=True):
@@ -441,6 +443,7 @@ def test_a_published_llama_is_adapted(m, published, tmp_path, capsys):
     assert results["val_loss"]["lora"] < 0.9 * results["val_loss"]["base"] > 1.1 * results["val_loss"]["qlora"]
     assert results["weight_bytes"]["qlora"] < results["weight_bytes"]["base"] < results["weight_bytes"]["lora"]
     assert set(models) == {"base", "lora", "qlora"} and "exact_match" not in results
+    assert "0 of 31" not in capsys.readouterr().out  # nothing was cut: the long entry is still too long
     again, _ = m.from_pretrained(folder)
     m.load_adapter(again, tmp_path / "o" / "lora")
     torch.testing.assert_close(again(ids_of()), models["lora"].eval()(ids_of()), rtol=1e-4, atol=1e-4)
@@ -510,6 +513,15 @@ def test_mistakes_cost_one_line(m, tmp_path, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         m.main(config(m, **{"methods": "lora", **change}))
+
+
+@pytest.mark.parametrize("file, content", [
+    ("model.safetensors", b"version https://git-lfs"), ("tokenizer.json", b"{}"), ("config.json", b'{"n_embd": 3}'),
+    ("config.json", b"[]")])
+def test_a_damaged_checkpoint_costs_one_line(m, published, tmp_path, file, content):
+    (tmp_path / "llama" / file).write_bytes(content)
+    with pytest.raises(ValueError, match="--checkpoint"):
+        m.main(config(m, checkpoint=published[0], data=published[1], out=str(tmp_path / "o")))
 
 
 def test_a_run_that_diverges_keeps_the_last_good_adapter(m, published, tmp_path, monkeypatch):
