@@ -380,6 +380,8 @@ def test_rows(m):
     assert inputs[0].tolist() == m.encode_toy("old 24=four and twenty")
     assert targets[0].tolist() == [m.IGNORE] * 3 + m.encode_toy("four and twenty\n")
     assert targets[1].tolist() == [m.IGNORE] * 2 + m.encode_toy("seven\n") + [m.IGNORE] * 3
+    inputs, _ = m.number_rows([215] * 50, True, 0)  # each of its names now and then
+    assert len({tuple(row) for row in inputs.tolist()}) == 2
     inputs, targets = m.number_rows([24], False, 0)
     assert inputs[0].tolist() == m.encode_toy("24=twenty four")
 
@@ -473,9 +475,11 @@ def test_the_methods_share_base_data_and_steps(m, tmp_path, monkeypatch):
 
     def spy(model, cfg, data, loss_fn, steps, lr, *after):
         fits.append((model, data, steps, lr, {n: p.requires_grad for n, p in model.named_parameters()},
-                     model(ids_of(V=40)).detach()))
+                     model(ids_of(V=40)).detach(), copy.deepcopy(model.state_dict())))
         return real(model, cfg, data, loss_fn, steps, lr, *after)
     monkeypatch.setattr(m, "fit", spy)
+    seen, evaluate = [], m.evaluate
+    monkeypatch.setattr(m, "evaluate", lambda model, rows, cfg: seen.append(rows) or evaluate(model, rows, cfg))
     draws, draw = [], m.draw_numbers
     monkeypatch.setattr(m, "draw_numbers", lambda *args: draws.append(args) or draw(*args))
     models = m.main(config(m, out=str(tmp_path), base_steps=30, lr=0.02, full_lr=0.01, seed=4))
@@ -488,6 +492,10 @@ def test_the_methods_share_base_data_and_steps(m, tmp_path, monkeypatch):
     assert torch.equal(full[5], lora[5]) and not torch.equal(lora[5], qlora[5])  # all begin as the base, one rounded
     assert all(full[4].values()) and all(learns == ("lora_" in name) for name, learns in lora[4].items())
     assert torch.equal(models["base"](ids_of(V=40)), full[5])  # the base is as it was
+    for name, tensor in lora[6].items():  # A is drawn alike for both
+        assert "lora_A" not in name or torch.equal(tensor, qlora[6][name])
+    old = m.TOY_VOCAB.index("old")
+    assert seen and all((rows[0][:, 0] == old).all() and len(rows[0]) == 1000 for rows in seen)
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     assert results["trainable_parameters"]["lora"] < 0.05 * results["trainable_parameters"]["full"]
     assert results["weight_bytes"]["qlora"] < 0.25 * results["weight_bytes"]["base"]
