@@ -50,7 +50,7 @@ def main():
                 summary["history"] = [row for row in summary.get("history", []) if "val_loss" in row]
             kept.append(summary | {"arguments": arguments, "code": code_hash(script)})
             for picture in Path(out).glob("*.png") if len(kept) == 1 else ():
-                middle = "" if args.run in ("default", "shakespeare") else f"_{args.run}"
+                middle = "" if args.run in ("default", "shakespeare", "numbers") else f"_{args.run}"
                 shutil.copy(picture, ROOT / "results" / f"{args.name}{middle}_{picture.name}")
     path = ROOT / "results" / f"{args.name}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": {}}
