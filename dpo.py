@@ -26,7 +26,7 @@ Asked    Why does the chosen answer become less likely too?   What is beta?   Wh
 
     python dpo.py                                     imitate, make pairs, learn from them; and the control
     python dpo.py --loss ipo                          another loss on the same pairs: dpo, cdpo, ipo, simpo
-    python dpo.py --nll 0                             the loss alone: watch the right answers go, too
+    python dpo.py --nll 0                             the loss alone: watch the right numbers go, too
     python dpo.py --preset pairs --data my.json       your own pairs: [{"instruction", "chosen", "rejected"}, ...]
 """
 import argparse
@@ -86,8 +86,8 @@ PRESETS = {"numbers": {},  # the defaults above
 
 
 # --- 2. Model: the policy (a model that writes answers): log-probs of its answers, losses on them, then the model ----
-# Where DPO comes from. Let r(x, y) say how good answer y to prompt x is. Of all policies the one that
-# earns most while it stays close to a reference, max E[r] - beta * KL(policy || reference), has a closed form:
+# Where DPO comes from. Let r(x, y) say how good answer y to prompt x is. Of all policies the one that earns most while
+# it stays close to a reference, max E[r] - beta * KL(policy || reference), has a closed form:
 #
 #     policy(y|x) = reference(y|x) * exp(r(x,y) / beta) / Z(x)                                (Rafailov et al., eq. 4)
 #
@@ -145,7 +145,7 @@ def cdpo_loss(c, r, ref_c, ref_r, beta, epsilon):
 def ipo_loss(c, r, ref_c, ref_r, n_c, n_r, beta):
     """(margin per token - 1 / (2 beta))^2, each (B) -> (B). Azar et al. 2023, arXiv 2310.12036, eq. 17."""
     # The paper has sums; its authors run it with means over tokens, and so does TRL. Trap: DPO's beta. 0.1 asks for a
-    # margin of 5 nats a token, 50 for ten tokens, and the model breaks.
+    # margin of 5 nats a token, 50 for ten tokens.
     return ((c - ref_c) / n_c - (r - ref_r) / n_r - 1 / (2 * beta)) ** 2       # (B)
 
 
@@ -173,8 +173,8 @@ def preference_loss(model, inputs, targets, ref_c, ref_r):
     # Q: Why does the chosen answer become less likely too?
     # A: The loss sees the difference only. Both answers share most of their tokens, so what pushes the rejected one
     #    down takes the chosen one along, and the probability goes to answers that no pair mentions, wrong numbers here
-    #    ("likelihood displacement", Razin et al. 2024, arXiv 2410.08847). The share of ordered pairs is 1.0 all the
-    #    while. Look at ln p of the chosen, and at samples.
+    #    ("likelihood displacement", Razin et al. 2024, arXiv 2410.08847). The share of ordered pairs stays near 1
+    #    all the while. Look at ln p of the chosen, and at samples.
     # What helps, if not completely: some of the chosen answer's own loss per token, 0.2 as for Llama 3 (section 4.1.4).
     return (losses - cfg.nll * c / n_c).sum()  # fit divides by the number of pairs
 
@@ -254,7 +254,7 @@ def compute_loss(model, inputs, targets):
 
 
 # Q: Is it more than imitating the better answers?
-# A: That is what the control asks: the same pairs, steps and rate, and the loss of the chosen answers alone. Most of
+# A: That is what the control asks: the same pairs, steps and rate, and the loss of the chosen answers alone. Half of
 #    them have slips, too, only fewer; imitation's best is to slip as often as they do. A comparison says which way is
 #    better, and one can go on beyond the best example.
 def imitation_loss(model, inputs, targets, ref_c, ref_r):

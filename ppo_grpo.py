@@ -525,10 +525,10 @@ def collect(policy, numbers, reward, cfg, seed, temperature=1.0):
 
 
 # Q: When is rejection sampling enough?
-# A: When right answers turn up and a judge can tell: keep the best and imitate them (rounds = 1). Repeated with the
-#    better policy (expert iteration, Anthony et al. 2017, arXiv 1705.08439; STaR) it needs the fewest answers here,
+# A: When right answers turn up and a judge can tell: keep the right ones and imitate them (rounds = 1). Repeated with
+#    the better policy (expert iteration, Anthony et al. 2017, arXiv 1705.08439; STaR) it comes far with few answers,
 #    since each kept one is trained on many times, where REINFORCE uses an answer once. It learns nothing from wrong
-#    answers, and where right ones are rare one round finds too few.
+#    answers, and where right ones are rare, as here, one round finds too few.
 def reject(imitator, cfg, reward, rounds, look):
     """Rounds of: sample, keep the best, train the imitator on what was kept so far. -> (policy, [{answers, ...}])."""
     policy, kept, looks, spent = imitator, [], [], 0.0
