@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-DPO IN ONE FILE                                  python dpo.py                      1 min on two CPU cores
+DPO IN ONE FILE                                  python dpo.py                      3 min on two CPU cores
 
 Paper    Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model,
          arXiv 2305.18290
@@ -20,7 +20,9 @@ Symbols  B batch (pairs)   P pairs   R rows   T time   S past + new   C n_embd  
 New here sequence_logps, the losses of DPO, cDPO, IPO and SimPO, pairs from the model's own answers, a stored reference,
          a control that only imitates
 Not here reward models, sampling while training (ppo_grpo.py), KTO, ORPO, chat templates, adapters (lora_qlora.py)
-Expect   EXPECT
+Expect   answers without a slip and with the right number, mean of 5 seeds: 20 % before, 92 % (90 to 94) after 800 steps
+         on pairs, all weights; imitating the chosen answers instead gives 42 %. Right numbers 99 -> 97 %, ln p of the
+         chosen -2.8 -> -4.7. One seed each: without NLL 88 % and 90 % right, IPO 90 and 92, SimPO 92 and 94
 Asked    Why does the chosen answer become less likely too?   What is beta?   Why a sum of log-probs and not a mean?
          Why store the reference?   Is it more than imitating the better answers?   When cDPO, IPO, SimPO?
 
@@ -158,7 +160,11 @@ def preference_loss(model, inputs, targets, ref_c, ref_r):
     """inputs, targets (B, 2, T): chosen, rejected; ref_c, ref_r (B): ln p before training -> sum over pairs."""
     cfg = model.cfg
     # Both answers in one forward pass: one call for 2B rows is faster than two for B. Pairs stay neighbors.
-    logps, lengths = sequence_logps(model(inputs.flatten(0, 1)), targets.flatten(0, 1))  # (R) each
+    inputs, targets = inputs.flatten(0, 1), targets.flatten(0, 1)              # (R, T) each
+    # The head is the largest product of a small model: not for the columns in which all rows still read their prompts.
+    first = int((targets != IGNORE).any(0).nonzero()[0])
+    logits = model.head(model.hidden(inputs)[:, first:])
+    logps, lengths = sequence_logps(logits, targets[:, first:])                # (R) each
     c, r = logps.view(-1, 2).unbind(1)                                         # (B) each
     n_c, n_r = lengths.view(-1, 2).unbind(1)                                   # (B) each
     beta = cfg.beta or BETA[cfg.loss]
@@ -548,18 +554,24 @@ def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
     device = next(model.parameters()).device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B)
     ids = torch.tensor([(prompt + [eos] * columns)[:columns] for prompt in prompts], device=device)  # (B, T)
-    ended, cache, first = torch.zeros_like(starts, dtype=torch.bool), KVCache(columns), min(map(len, prompts))
+    rows, cache, first = torch.arange(len(ids), device=device), KVCache(columns), min(map(len, prompts))
     model.eval()
     for t in range(first, columns):
-        logits = model(ids[:, :t] if t == first else ids[:, t - 1:t], cache)[:, -1]  # (B, V)
+        logits = model(ids[rows, :t] if t == first else ids[rows, t - 1:t], cache)[:, -1]  # (B, V)
         # The whole distribution, without top-k or top-p: what is trained must be what was sampled from.
-        token = logits.argmax(-1) if temperature == 0 else torch.multinomial(
-            (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]  # (B)
-        writing = (t >= starts) & ~ended                                       # (B)
-        ids[:, t] = torch.where(writing, token, ids[:, t])
-        ended |= writing & (token == eos)
-        if ended.all():
+        if temperature == 0:
+            token = logits.argmax(-1)                                          # (B)
+        else:  # where a random number falls in the running sum of the probabilities: one per row, not one per token
+            sums = (logits / temperature).softmax(-1).cumsum(-1)               # (B, V)
+            token = (torch.rand(len(rows), 1, device=device, generator=generator) * sums[:, -1:] >= sums).sum(-1)  # (B)
+        over = (t > starts[rows]) & (ids[rows, t - 1] == eos)                  # (B)
+        ids[rows, t] = torch.where(t < starts[rows], ids[rows, t], token.where(~over, eos))
+        going = (t < starts[rows]) | (ids[rows, t] != eos)                     # (B)
+        if not going.any():
             break
+        # Rows that have ended leave the batch and the cache, but not one by one: the cache is copied every time.
+        if going.sum() < 0.9 * len(rows):
+            rows, cache.layers = rows[going], {layer: kv[:, going] for layer, kv in cache.layers.items()}
     return ids, starts
 
 

@@ -20,7 +20,9 @@ Symbols  B batch (answers)   R rows   T time   S past + new   C n_embd   H heads
 New here rollout, answer_mask, gae, whiten, group_advantages, policy_loss with its five variants, a reward of your own,
          rejection sampling as the control
 Not here reward models, several turns, DAPO's resampling and length penalty, truncated importance sampling, replay
-Expect   EXPECT
+Expect   right names, sampled / greedy, mean of 5 seeds, and answers judged: imitation 5 / 0 %; one round of rejection
+         sampling 84 / 86 % from 2,560 in 4 s; four rounds 93 / 94 % from 2,560 in 15 s; REINFORCE 96 / 97 % from 40,960
+         in 15 s; PPO 98 / 98 % from 40,960 in 32 s; GRPO 97 / 97 % from 81,920 in 30 s
 Asked    Why can imitation not do it?   The ratio is always 1: is the code dead?   What does the critic buy?   Why
          divide by the group's standard deviation?   Which mean over tokens?   Why a KL to the reference?   When is
          rejection sampling enough?
@@ -638,18 +640,24 @@ def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
     device = next(model.parameters()).device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B)
     ids = torch.tensor([(prompt + [eos] * columns)[:columns] for prompt in prompts], device=device)  # (B, T)
-    ended, cache, first = torch.zeros_like(starts, dtype=torch.bool), KVCache(columns), min(map(len, prompts))
+    rows, cache, first = torch.arange(len(ids), device=device), KVCache(columns), min(map(len, prompts))
     model.eval()
     for t in range(first, columns):
-        logits = model(ids[:, :t] if t == first else ids[:, t - 1:t], cache)[:, -1]  # (B, V)
+        logits = model(ids[rows, :t] if t == first else ids[rows, t - 1:t], cache)[:, -1]  # (B, V)
         # The whole distribution, without top-k or top-p: what is trained must be what was sampled from.
-        token = logits.argmax(-1) if temperature == 0 else torch.multinomial(
-            (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]  # (B)
-        writing = (t >= starts) & ~ended                                       # (B)
-        ids[:, t] = torch.where(writing, token, ids[:, t])
-        ended |= writing & (token == eos)
-        if ended.all():
+        if temperature == 0:
+            token = logits.argmax(-1)                                          # (B)
+        else:  # where a random number falls in the running sum of the probabilities: one per row, not one per token
+            sums = (logits / temperature).softmax(-1).cumsum(-1)               # (B, V)
+            token = (torch.rand(len(rows), 1, device=device, generator=generator) * sums[:, -1:] >= sums).sum(-1)  # (B)
+        over = (t > starts[rows]) & (ids[rows, t - 1] == eos)                  # (B)
+        ids[rows, t] = torch.where(t < starts[rows], ids[rows, t], token.where(~over, eos))
+        going = (t < starts[rows]) | (ids[rows, t] != eos)                     # (B)
+        if not going.any():
             break
+        # Rows that have ended leave the batch and the cache, but not one by one: the cache is copied every time.
+        if going.sum() < 0.9 * len(rows):
+            rows, cache.layers = rows[going], {layer: kv[:, going] for layer, kv in cache.layers.items()}
     return ids, starts
 
 

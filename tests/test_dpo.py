@@ -30,7 +30,7 @@ def small(m, seed=0, **changes):
 
 def scores(logits, cfg):
     """A model that has these logits for whatever it reads."""
-    return type("Fixed", (), dict(cfg=cfg, __call__=lambda self, ids: logits))()
+    return type("Fixed", (), dict(cfg=cfg, hidden=lambda self, ids: logits, head=lambda self, x: x))()
 
 
 def random_batch(m, seed=0, B=5, T=11, V=83):
