@@ -678,8 +678,8 @@ def main(cfg):
     first, nll = losses[cfg.loss][0], losses["control"][0]  # of the same batch, at the same weights
     print(f"first loss {first:.4f} = {first - cfg.nll * nll:.4f} for the pairs + {cfg.nll} * {nll:.4f} (NLL)")
 
-    # How to read the table: the control shows what imitation gives; what dpo has beyond it comes from the comparison. If
-    # the right number falls, or ln p of the chosen much, the price was too high: more nll, a larger beta, fewer steps.
+    # How to read the table: the control shows what imitation gives; what dpo has beyond it, the comparison gave. If the
+    # right numbers fall, or ln p of the chosen much, the price was too high: more nll, a larger beta, fewer steps.
     table = dict(before=looks["control"][0], after=looks[cfg.loss][-1], control=looks["control"][-1])
     print(f"\n{'':<28}" + "".join(f"{column:>10}" for column in table))
     for key, words in ROWS.items():
