@@ -643,16 +643,16 @@ def rollout(model, prompts, columns, eos, temperature=1.0, generator=None):
     rows, cache, first = torch.arange(len(ids), device=device), KVCache(columns), min(map(len, prompts))
     model.eval()
     for t in range(first, columns):
-        logits = model(ids[rows, :t] if t == first else ids[rows, t - 1:t], cache)[:, -1]  # (B, V)
+        logits = model(ids[rows, :t] if t == first else ids[rows, t - 1:t], cache)[:, -1]  # (R, V)
         # The whole distribution, without top-k or top-p: what is trained must be what was sampled from.
         if temperature == 0:
-            token = logits.argmax(-1)                                          # (B)
+            token = logits.argmax(-1)                                          # (R)
         else:  # where a random number falls in the running sum of the probabilities: one per row, not one per token
-            sums = (logits / temperature).softmax(-1).cumsum(-1)               # (B, V)
-            token = (torch.rand(len(rows), 1, device=device, generator=generator) * sums[:, -1:] >= sums).sum(-1)  # (B)
-        over = (t > starts[rows]) & (ids[rows, t - 1] == eos)                  # (B)
+            sums = (logits / temperature).softmax(-1).cumsum(-1)               # (R, V)
+            token = (torch.rand(len(rows), 1, device=device, generator=generator) * sums[:, -1:] >= sums).sum(-1)  # (R)
+        over = (t > starts[rows]) & (ids[rows, t - 1] == eos)                  # (R)
         ids[rows, t] = torch.where(t < starts[rows], ids[rows, t], token.where(~over, eos))
-        going = (t < starts[rows]) | (ids[rows, t] != eos)                     # (B)
+        going = (t < starts[rows]) | (ids[rows, t] != eos)                     # (R)
         if not going.any():
             break
         # Rows that have ended leave the batch and the cache, but not one by one: the cache is copied every time.

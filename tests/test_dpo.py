@@ -379,3 +379,4 @@ def scenario(m, tmp_path, fixed):
     m.own_pairs = lambda model, cfg, count, *_: [([3, 2], [20, 1], [21, 22, 1])] * count
     for loss in ("dpo", "cdpo", "ipo", "simpo"):
         m.main(config(m, vocab_size=0, out=str(tmp_path), loss=loss))
+    m.rollout(m.SmallLlama(config(m)), [[3, 2]], 6, m.EOS, 0.0)

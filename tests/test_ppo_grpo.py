@@ -22,7 +22,7 @@ VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo"]
 def config(m, **changes):
     """A model small enough for a test."""
     return m.Config(**{**dict(n_layer=2, n_head=3, n_embd=24, ffn_size=40, device="cpu", answers=16, group=4,
-                              max_steps=2, sft_steps=2, rejection_answers=40, batch_size=8), **changes})
+                              max_steps=2, sft_steps=2, rejection_answers=400, batch_size=8), **changes})
 
 
 def small(m, seed=0, **changes):
@@ -352,14 +352,14 @@ def test_rejection_imitates_the_best_answers(m, rounds, monkeypatch):
     before, looked = copy.deepcopy(imitator.state_dict()), []
     collect, fit, draw = (Watch(m, monkeypatch, name) for name in ("collect", "fit", "draw_prompts"))
     policy, looks = m.reject(imitator, cfg, noisy, rounds, lambda one: looked.append(one) or {})
-    assert [look["answers"] for look in looks] == [40 // rounds * (i + 1) for i in range(rounds)]
+    assert [look["answers"] for look in looks] == [400 // rounds * (i + 1) for i in range(rounds)]
     assert all(torch.equal(before[name], tensor) for name, tensor in imitator.state_dict().items())
     assert policy is looked[-1] is not imitator and len(fit.calls) == rounds == len(collect.calls)
     assert all(args[2] is False for args, _ in draw.calls) and collect.calls[0][0][0] is imitator
     assert len({args[1] for args, _ in draw.calls}) == rounds
     wanted = []
     for i, ((_, numbers, *_), (inputs, targets, mask, rewards, _, _)) in enumerate(collect.calls):
-        assert numbers == draw.calls[i][1] and len(numbers) == 40 // rounds
+        assert numbers == draw.calls[i][1] and len(numbers) == 400 // rounds
         best = rewards == rewards.max()
         assert 0 < best.sum() < len(best) / 2
         wanted.append((inputs[best], targets.masked_fill(mask == 0, m.IGNORE)[best]))
@@ -393,7 +393,7 @@ def test_every_stage_begins_from_the_imitator(m, tmp_path, monkeypatch):
             return real(policy, *args)
         monkeypatch.setattr(m, name, spy)
     fit, data = Watch(m, monkeypatch, "fit"), Watch(m, monkeypatch, "hasty_rows")
-    cfg = config(m, out=str(tmp_path), seed=5, sft_lr=0.01)
+    cfg = config(m, out=str(tmp_path), seed=5, sft_lr=0.01, answers=128)
     monkeypatch.setattr(m, "exact_reward", noisy)
     policies = m.main(cfg)
     assert [stage[:2] for stage in stages] == [("reject", 1), ("reject", 4), ("reinforce", "reinforce"),
@@ -413,7 +413,7 @@ def test_every_stage_begins_from_the_imitator(m, tmp_path, monkeypatch):
     assert all(args[1] is policies["sft"] for args, _ in looks.calls) and len(m.TOY_VOCAB) == cfg.vocab_size
     assert sum(n > 99_999 for n in final) > 100 < sum(n < 10_000 for n in final)  # as prompts are drawn
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["results"]["answers"] == dict(sft=0, rejection=40, iterated=40, reinforce=16, ppo=16, grpo=32)
+    assert summary["results"]["answers"] == dict(sft=0, rejection=400, iterated=400, reinforce=128, ppo=128, grpo=256)
     assert set(summary["results"]) == {"accuracy", "accuracy_greedy", "answers", "seconds", "kl", "ended"}
     assert summary["results"]["kl"]["sft"] == 0 and (tmp_path / "curve.png").stat().st_size > 10_000
 
@@ -528,7 +528,7 @@ def test_ppo_and_grpo_learn(m, seed, tmp_path):
 
 def scenario(m, tmp_path, fixed):
     """Every shape comment of the script, in one short run."""
-    cfg, m.exact_reward = config(m, out=str(tmp_path), variant="gspo"), noisy
+    cfg, m.exact_reward = config(m, out=str(tmp_path), variant="gspo", answers=128), noisy
     fixed.update(C=24, D=8, V=43, G=4, F=40, H=3)
     m.main(cfg)
     m.find_reward("exact")
