@@ -149,7 +149,7 @@ def group_advantages(rewards, group, scale=True):
 # Q: What does the critic buy?
 # A: A guess of what the answer will earn, made at every token: the advantage then says where in an answer things went
 #    better or worse than expected. With one 0/1 reward at the end of ten tokens there is little to explain, and a
-#    group's mean does as well for half the machinery; a published critic is as large as the policy.
+#    group's mean does about as well for half the machinery; a published critic is as large as the policy.
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16). All (B, T) -> (A, returns).
 
