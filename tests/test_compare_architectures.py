@@ -1,454 +1,342 @@
-"""compare_architectures.py: equal sizes, true costs, models that are what they are called, sentences that follow."""
+"""compare_architectures.py: equal sizes, models that are what they are called, honest statistics and sentences."""
+import concurrent.futures
+import importlib
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load_script
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-TASKS = ("translate", "match", "review", "text")
-NAMES = ("BERT", "GPT-2", "T5", "Llama 3", "Qwen3", "Qwen3 MoE")
-PAIRS = [(task, name) for task in TASKS for name in NAMES if (task, name) != ("text", "BERT")]
-VOCAB = {"translate": 46, "match": 48, "review": 3002, "text": 66}
+TOY = ("names", "match")
 
 
-@pytest.fixture(scope="module")
-def m():
-    sys.path.insert(0, str(ROOT))  # an orchestrator finds the scripts beside it
-    yield load_script(ROOT / "compare_architectures.py")
-    sys.path.remove(str(ROOT))
+@pytest.fixture(autouse=True)
+def few(m, monkeypatch):
+    """Numbers to train on are few here: making 60,000 rows takes seconds."""
+    all_numbers = m.toy_numbers
+    monkeypatch.setattr(m, "toy_numbers", lambda: (all_numbers()[0][:2000], *all_numbers()[1:]))
+    m.prepare.cache_clear()
+    return all_numbers
 
 
-def made(m, task, name, **more):
-    cfg = m.settings(task, name, VOCAB[task], **{"lr": 1e-3, "seed": 1, "max_steps": 10, "out": "x"} | more)
-    return m.MODELS[name][0].build_model(cfg), cfg
+def made(m, task, name):
+    return m.begin(task, name, 1, "pydocs")[0]
 
 
-# --- equal size, true costs
+def scenario(m, tmp_path, fixed):
+    numbers = [7, 42, 40215, 999999]
+    for name in ("BERT", "T5", "Llama 3"):
+        data = m.names_rows(name, numbers)
+        m.share_right(name, "names", made(m, "names", name), data)
+        ids, mask, _, match = m.toy_dataset.encoder_pairs(numbers, 1)
+        m.share_right(name, "match", made(m, "match", name), m.judge_rows(name, ids, match, 46))
+    m.draw_batch("names", "BERT", m.names_rows("BERT", numbers), 2, 1, 1)
+    for name in ("+ RoPE", "+ experts = Qwen3 MoE"):
+        model = m.make_model(name, dict(n_layer=1, n_embd=32, block_size=8, vocab_size=20))
+        model(torch.randint(20, (2, 5)))
+    reviews(m, tmp_path)
 
-@pytest.mark.parametrize("task", TASKS)
+
+def reviews(m, tmp_path):
+    """A small SST-2: "good" is 1, "bad" is 0, and other words mean nothing. -> share that the baseline gets."""
+    rng = random.Random(0)
+    for split, size in (("train", 80), ("dev", 40)):
+        rows = [f"{' '.join(rng.choices(['film', 'plot', 'actor'], k=4))} {['bad', 'good'][i % 2]}\t{i % 2}\n"
+                for i in range(size)]
+        (tmp_path / f"sst2.{split}.tsv").write_text("".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_DATA", str(tmp_path))
+        m.reviews.cache_clear()
+        share = m.bag_of_words()
+        m.prepare("review", "T5", "review")
+    m.prepare.cache_clear()
+    m.reviews.cache_clear()
+    return share
+
+
+# --- equal size ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", ["names", "match", "text"])
 def test_sizes_are_within_five_percent(m, task):
-    sizes = {name: sum(p.numel() for p in made(m, task, name)[0].parameters()) for name in NAMES
-             if (task, name) in PAIRS}
+    names = m.WALK if task == "text" else m.MODELS
+    sizes = {name: m.parameters(made(m, task, name), task) for name in names}
     assert all(abs(size / sizes["GPT-2"] - 1) <= 0.05 for size in sizes.values()), sizes
-    for name in sizes:
-        model = made(m, task, name)[0]
-        tables, rest = m.parameters(model)
-        assert tables + rest == sizes[name]
-        assert tables >= VOCAB[task] * (48 if name == "T5" and task != "text" else 64)
+    # What is counted is what the task trains: gradients reach it, and nothing that is left out.
+    # (T5 judges with one written token: its decoder's self-attention has nothing to choose from there.)
+    for name in ("BERT", "GPT-2") if task != "text" else ():
+        model, loss_fn = m.begin(task, name, 1, "pydocs")
+        (train, *_), _, _ = m.prepare(task, name, task)
+        loss_fn(model, *m.draw_batch(task, name, train, 64, 1, 1)).backward()
+        trained = sum(p.numel() for p in model.parameters() if p.grad is not None and p.grad.any())
+        assert 0.95 * m.parameters(model, task) < trained <= m.parameters(model, task)
 
 
-@pytest.mark.parametrize("task, name", PAIRS)
-def test_flops_are_those_of_the_counter(m, task, name):
-    model, cfg = made(m, task, name)
-    model = model.double().eval()  # doubles: the mixture's grouped product is then counted too
-    S, T, M = m.row_shape(task, name)
-    ids, source = torch.randint(6, 40, (1, T)), torch.randint(6, 40, (1, S))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        if name == "T5":
-            model(source, ids)
-        elif name == "BERT" and task == "translate":
-            model(ids, None, None, torch.arange(T)[None] < M)
-        elif name != "BERT" and M == 1:
-            m.verdict_logits(model, ids)
-        else:
-            model(ids)
-    assert m.row_flops(name, cfg, S, T, M) == counter.get_total_flops()
-
-
-def test_fit_width_finds_the_width():
-    m = sys.modules["compare_architectures"]
-    def build(F):
-        return torch.nn.Sequential(torch.nn.Linear(64, F), torch.nn.Linear(F, 64))
+def test_fit_width_finds_the_width(m):
+    def build(width):
+        return torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.Linear(width, 64))
     for width in (8, 40, 256):
-        assert m.fit_width(build, sum(m.parameters(build(width)))) == width
+        assert m.fit_width(build, m.parameters(build(width))) == width
     assert m.fit_width(build, 10) == 8  # smaller is not possible
 
 
-def test_memory_counts_what_is_held_at_once(m):
-    def step():
-        x = torch.empty(1000, 1000)  # 4 MB, held to the end
-        for _ in range(3):
-            y = x + 1  # the new one exists before the old one goes: 3 tensors at once from the second round on
-        return y
-    assert m.training_memory(step) == pytest.approx(12e6, rel=0.01)
+# --- the walk passes through the scripts' models ---------------------------------------------------------------------
+@pytest.mark.parametrize("step, script, model", [
+    ("+ GQA = Llama 3", "llama3", "Llama"), ("+ QK-norm = Qwen3", "qwen3_moe", "Qwen3"),
+    ("+ experts = Qwen3 MoE", "qwen3_moe", "Qwen3"), ("GPT-2", "decoder_only", "GPT")])
+def test_walk_passes_through_the_published_models(m, step, script, model):
+    shape = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20)
+    modern = {} if script == "decoder_only" else dict(n_kv_head=2, ffn_size=40, tie_weights=True)
+    if script == "qwen3_moe":
+        modern |= dict(head_size=8, n_experts=4 if "experts" in step else 0)
+    cfg = m.qwen3_moe.Config(**shape, n_kv_head=2, head_size=8, ffn_size=40, n_experts=4 if "experts" in step else 0)
+    walk = m.Walk(cfg, m.WALK[step])
+    theirs = getattr(getattr(m, script), model)(getattr(m, script).Config(**shape, **modern))
+    for p in walk.parameters():  # biases and gains too: zeros and ones would hide a missing one
+        torch.nn.init.normal_(p, std=0.3)
+    wanted = [name for name in theirs.state_dict() if name != "lm_head.weight"]
+    assert len(wanted) == len(walk.state_dict())
+    theirs.load_state_dict(dict(zip(wanted, matched(wanted, walk), strict=True)), strict=False)
+    for norm in (part for part in theirs.modules() if isinstance(part, (torch.nn.RMSNorm, torch.nn.LayerNorm))):
+        norm.eps = 1e-5
+    for norm in (part for part in walk.modules() if isinstance(part, (torch.nn.RMSNorm, torch.nn.LayerNorm))):
+        norm.eps = 1e-5
+    ids = torch.randint(20, (3, 16))
+    torch.testing.assert_close(walk.double()(ids), theirs.double()(ids), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("task", ["translate", "text"])
-def test_cache_bytes_by_hand(m, task):
-    ids = torch.randint(6, 40, (1, 5))
-    L, C = m.TASKS[task]["n_layer"], m.TASKS[task]["n_embd"]
-    column = 2 * L * C * 4
-    for name, wanted in (("GPT-2", (column, 0)), ("Llama 3", (column // 2, 0)), ("Qwen3 MoE", (column // 2, 0)),
-                         ("T5", (column * 3 // 4, column * 3 // 4)), ("BERT", (0, 0))):
-        if (task, name) in PAIRS:
-            assert m.cache_per_token(name, made(m, task, name)[0].eval(), ids) == wanted, name
+def matched(wanted, walk):
+    """The walk's tensors in the order of another model's names."""
+    own = dict(walk.state_dict())
+    out = []
+    for name in wanted:
+        if "wte" in name or "embed_tokens" in name:
+            out.append(own["model.embed_tokens.weight"])
+        elif "wpe" in name:
+            out.append(own["positions.weight"])
+        elif ".h." in name or ".layers." in name:
+            layer, part = name.replace(".h.", ".layers.").split(".layers.")[1].split(".", 1)
+            for theirs, ours in (("ln_1", "norm1"), ("input_layernorm", "norm1"), ("ln_2", "norm2"),
+                                 ("post_attention_layernorm", "norm2"), ("self_attn", "attn")):
+                part = part.replace(theirs, ours)
+            out.append(own[f"model.layers.{layer}.{part}"])
+        else:
+            out.append(own["model.norm." + name.rsplit(".", 1)[1]])
+    return out
 
 
-# --- the walk: with all changes up to a published model it is that model
-
-def walked(m, changes, **more):
-    cfg = m.settings("text", "Qwen3 MoE", 66, lr=1e-3, seed=1, max_steps=10, out="x")
-    cfg = m.dataclasses.replace(cfg, norm_eps=1e-5, **more)
-    torch.manual_seed(3)
-    walk = m.Walk(cfg, changes).double().eval()
-    for parameter in walk.parameters():  # biases and gains too: all zeros and ones would hide a missing one
-        torch.nn.init.normal_(parameter, std=0.3)
-    return walk, cfg
-
-
-def copied(walk, model, names):
-    """Fill model's parameters from the walk's by name; every parameter must be met, with its shape."""
-    state, filled = dict(walk.state_dict()), {}
-    for name, tensor in model.state_dict().items():
-        source = names(name, state)
-        assert source.shape == tensor.shape, name
-        filled[name] = source
-    model.load_state_dict(filled)
-    return model
-
-
-def test_walk_begins_as_gpt2(m):
-    walk, cfg = walked(m, (), ffn_size=4 * 96, n_experts=0)
-    gpt = m.decoder_only.GPT(m.decoder_only.Config(n_layer=3, n_head=4, n_embd=96, vocab_size=66, block_size=64)
-                             ).double().eval()
-
-    def names(name, state):
-        if "wte" in name or "lm_head" in name:
-            return state["tokens.weight"]
-        if "wpe" in name:
-            return state["positions.weight"]
-        if "ln_f" in name:
-            return state[name.replace("transformer.ln_f", "norm")]
-        prefix, part = name.split(".h.")[1].split(".", 1)
-        base, kind = f"layers.{prefix}.", part.rsplit(".", 1)[1]
-        if "c_attn" in part:
-            return torch.cat([state[f"{base}attention.{q}.{kind}"] for q in "qkv"])
-        new = {"attn.c_proj": "attention.o", "mlp.c_fc": "mlp.0", "mlp.c_proj": "mlp.2", "ln_1": "norm1",
-               "ln_2": "norm2"}[part.rsplit(".", 1)[0]]
-        return state[f"{base}{new}.{kind}"]
-    copied(walk, gpt, names)
-    ids = torch.randint(66, (2, 40))
-    torch.testing.assert_close(walk(ids), gpt(ids), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("step", ["SwiGLU (Llama 3)", "QK-norm (Qwen3)", "mixture (Qwen3 MoE)"])
-def test_walk_passes_through_the_published_models(m, step):
-    mixture = step.startswith("mixture")
-    walk, cfg = walked(m, m.WALK[step], n_experts=4 if mixture else 0, ffn_size=40, expert_size=24)
-    shape = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=96, vocab_size=66, block_size=64, ffn_size=40,
-                 tie_weights=True, norm_eps=1e-5)
-    if "Llama" in step:
-        model = m.llama3.Llama(m.llama3.Config(**shape))
-    else:
-        model = m.qwen3_moe.Qwen3(m.qwen3_moe.Config(**shape, n_experts=cfg.n_experts, expert_size=24,
-                                                     experts_per_token=2))
-
-    def names(name, state):
-        if "embed_tokens" in name or "lm_head" in name:
-            return state["tokens.weight"]
-        if name == "model.norm.weight":
-            return state["norm.weight"]
-        name = name.removeprefix("model.").replace("input_layernorm", "norm1").replace("self_attn", "attention")
-        return state[name.replace("post_attention_layernorm", "norm2").replace("_proj", "")
-                     if "attention" in name else name]
-    copied(walk, model.double().eval(), names)
-    ids = torch.randint(66, (2, 40))
-    torch.testing.assert_close(walk(ids), model(ids), rtol=1e-9, atol=1e-9)
-
-
-def test_walk_steps_are_equal_in_size_and_each_adds_one(m):
-    cfg = m.settings("text", "Qwen3 MoE", 66, lr=1e-3, seed=1, max_steps=10, out="x")
-    models = {name: m.build_walk(changes, cfg) for name, changes in m.WALK.items()}
-    sizes = [sum(m.parameters(model)) for model, _ in models.values()]
-    assert all(abs(size / sizes[0] - 1) <= 0.05 for size in sizes)
+def test_walk_changes_one_thing_at_a_time_and_is_causal(m):
     steps = list(m.WALK.values())
-    assert all(after[:-1] == before for before, after in zip(steps, steps[1:], strict=False))
-    for (_name, changes), (model, _) in zip(m.WALK.items(), models.values(), strict=True):
-        assert (model.positions is None) == ("rope" in changes)
-        assert any("bias" in name for name, _ in model.named_parameters()) == ("rms" not in changes)
-    for model, _ in models.values():  # causal: changing token 5 changes nothing before it
-        ids = torch.randint(66, (1, 12))
+    assert all(after[:-1] == before for before, after in zip(steps, steps[1:], strict=False)) and steps[-1] == m.STEPS
+    for name in m.WALK:
+        model = m.make_model(name, dict(n_layer=2, n_embd=32, block_size=16, vocab_size=20)).eval()
+        ids = torch.randint(20, (1, 12))
         other = ids.clone()
-        other[0, 5] = (ids[0, 5] + 1) % 66
-        a, b = model.eval()(ids), model(other)
+        other[0, 5] = (ids[0, 5] + 1) % 20
+        a, b = model(ids), model(other)
         assert torch.allclose(a[:, :5], b[:, :5], atol=1e-5) and not torch.allclose(a[:, 5:], b[:, 5:], atol=1e-3)
 
 
-# --- tasks and objectives
-
-def test_numbers_to_train_choose_and_test_are_apart(m):
-    choose, test = m.held_out_numbers()
-    assert len(choose) == 500 and len(test) == 1000 and len({*choose, *test}) == 1500
-    assert all(m.decoder_only.is_validation(n) for n in (*choose, *test))
-    assert not any(m.decoder_only.is_validation(n) for n in m.training_numbers(60_000)[:3000])
-
-
-def test_blank_rows_have_ten_places(m):
-    tokenizer = m.encoder_only.ToyTokenizer()
-    ids, segments, zeros = m.blank_rows([42, 777_777], tokenizer)
-    assert ids.shape == segments.shape == (2, 18) and not zeros.any()
-    words = [[m.encoder_only.TOY_VOCAB[i] for i in row] for row in ids.tolist()]
-    assert words[0] == ["[CLS]", "4", "2", "[SEP]", "forty", "two", *["\n"] * 8, *["<pad>"] * 4]
-    assert words[1][8:] == "seven hundred seventy seven thousand seven hundred seventy seven \n".split(" ")
-    assert ((segments == 1) & (ids > 0)).sum(1).tolist() == [10, 10]
+# --- tasks -----------------------------------------------------------------------------------------------------------
+def test_numbers_to_train_choose_and_test_are_apart(m, few):
+    train, choose, test = few()
+    assert len(choose) == 500 and len(test) == 1000 and not {*choose} & {*test}
+    assert all(m.toy_dataset.is_validation(n) for n in (*choose[:100], *test[:100]))
+    assert not {*train} & {*choose, *test}
 
 
-def test_unmask_loss_asks_for_hidden_answers_only(m):
-    tokenizer = m.encoder_only.ToyTokenizer()
-    rows = m.blank_rows(m.training_numbers(60_000)[:400], tokenizer)
-    batch = m.encoder_only.prepare(rows, torch.Generator().manual_seed(0))
-    cfg = m.settings("translate", "BERT", 46, lr=1e-3, seed=1, max_steps=10, out="x")
-    seen = {}
+class Knows(torch.nn.Module):
+    """Stands in for a model: gives the answers of `right`, which a test fills in."""
 
-    def model(noisy, mask, segments, chosen):
-        seen.update(noisy=noisy, chosen=chosen)
-        return torch.zeros(int(chosen.sum()), 46), None
-    loss, count, _ = m.unmask_loss(model, batch, cfg)
-    ids, segments = batch[:2]
-    hidden = seen["noisy"] != ids
-    assert torch.equal(hidden, seen["chosen"]) and (seen["noisy"][hidden] == cfg.mask_id).all()
-    assert not (hidden & (segments == 0)).any() and not (hidden & (ids == 0)).any()
-    assert count == hidden.sum() and loss == pytest.approx(count.item() * math.log(46), rel=1e-5)
-    share = hidden.sum(1) / 10  # uniform from none to all, not 15 %
-    assert share.mean().item() == pytest.approx(0.5, abs=0.05) and (share >= 0.9).float().mean() > 0.05
+    def __init__(self, right, V):
+        super().__init__()
+        self.right, self.V = right, V
+
+    def forward(self, *_):
+        return F.one_hot(self.right.clamp(min=0), self.V).float()
 
 
-def test_write_names_reads_ten_blanks(m):
-    tokenizer, V = m.encoder_only.ToyTokenizer(), 46
-
-    class Knows(torch.nn.Module):
-        """Knows every name, and is surer of later blanks, so that the order of filling is from the back."""
-        cfg = m.settings("translate", "BERT", V, lr=1e-3, seed=1, max_steps=10, out="x")
-
-        def forward(self, ids, mask, segments):
-            logits = torch.zeros(*ids.shape, V)
-            for i, row in enumerate(ids.tolist()):
-                digits = tokenizer.decode(row[1:row.index(tokenizer.encode("[SEP]")[0])])
-                right = m.blank_rows([int(digits)], tokenizer)[0][0, :len(row)]
-                logits[i, torch.arange(len(right)), right] = 5 + torch.arange(len(right)) * 0.1
-            return logits
-    numbers = [7, 42, 40_215, 777_777]
-    assert m.write_names(Knows(), tokenizer, numbers) == [m.decoder_only.number_to_words(n) for n in numbers]
+@pytest.mark.parametrize("name", ["GPT-2", "T5"])
+@pytest.mark.parametrize("task", TOY)
+def test_share_right_counts_whole_answers(m, task, name):
+    numbers = [42, 40215, 700, 13]
+    if task == "names":
+        data, V = m.names_rows(name, numbers), 46
+    else:
+        ids, _, _, match = m.toy_dataset.encoder_pairs(numbers, 3)
+        data, V = m.judge_rows(name, ids, match, 46), 48
+    right = data[-1].clone()
+    assert m.share_right(name, task, Knows(right, V), data) == 1.0
+    right[1] = (right[1] + 1) % V  # one token of one row is enough
+    assert m.share_right(name, task, Knows(right, V), data) == 0.75
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama 3", "Qwen3 MoE"])
-def test_verdicts_do_not_depend_on_padding(m, name):
-    model = made(m, "match", name)[0].eval()
-    ids = torch.randint(6, 40, (3, 12))
-    ids[1, 7:] = 0
-    short = m.verdict_logits(model, ids)
-    torch.testing.assert_close(m.verdict_logits(model, F.pad(ids, (0, 5))), short, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(short[1], model(ids)[1, -1], atol=1e-3)  # the last column is a pad there
+def test_bert_writes_blank_by_blank_and_judges_with_its_label(m):
+    ids, segments, targets = m.names_rows("BERT", [42, 40215])
+    assert (targets == m.IGNORE).all() and segments.sum(1).tolist() == [10, 10]
+    words = [m.toy_dataset.TOY_VOCAB[i] for i in ids[0].tolist()]
+    assert words[:6] == ["[CLS]", "4", "2", "[SEP]", "forty", "two"] and words[6:14] == ["\n"] * 8
+
+    class Answers(Knows):
+        def label(self, x, mask):
+            return F.one_hot(self.right[:, 0], 2).float()
+
+        def hidden(self, ids, mask):
+            return ids
+    assert m.share_right("BERT", "names", Answers(ids, 46), (ids, segments, targets)) == 1.0
+    wrong = ids.clone()
+    wrong[1, -1] = 7
+    assert m.share_right("BERT", "names", Answers(wrong, 46), (ids, segments, targets)) == 0.5
+    pairs, _, _, match = m.toy_dataset.encoder_pairs([5, 6, 7, 8], 1)
+    data = m.judge_rows("BERT", pairs, match, 46)
+    assert data[2][:, 0].tolist() == (1 - match).tolist()  # class 0 is yes
+    assert m.share_right("BERT", "match", Answers(data[2], 2), data) == 1.0
 
 
-def test_answer_loss_balances_experts_in_training_alone(m):
-    model, cfg = made(m, "match", "Qwen3 MoE")
-    batch = torch.randint(6, 40, (4, 9)), torch.tensor([46, 47, 46, 47])
-    plain = F.cross_entropy(m.verdict_logits(model.eval(), batch[0]), batch[1], reduction="sum").item()
-    assert m.answer_loss(model, batch, cfg)[0].item() == pytest.approx(plain, rel=1e-5)
-    assert m.answer_loss(model.train(), batch, cfg)[0].item() > plain + 0.9 * cfg.aux_coef * 2 * len(batch[0])
+def test_blanks_are_a_random_number_of_the_ten_and_a_function_of_the_step(m):
+    data = m.names_rows("BERT", [40215] * 400)
+    noisy, segments, targets = m.draw_batch("names", "BERT", data, 400, 1, 1)
+    hidden = noisy == m.toy_dataset.MASK
+    assert (hidden <= (segments == 1)).all() and torch.equal(hidden, targets != m.IGNORE)
+    counts = hidden.sum(1)
+    assert counts.min() <= 1 and counts.max() >= 9 and 4 < counts.float().mean() < 6
+    again = m.draw_batch("names", "BERT", data, 400, 1, 1)[0]
+    assert torch.equal(noisy, again) and not torch.equal(noisy, m.draw_batch("names", "BERT", data, 400, 1, 2)[0])
 
 
-def test_halves_of_windows(m):
-    ids = torch.arange(1, 1001)
-    first, second = m.half_rows(ids, 10, 10)
-    assert torch.equal(torch.cat((first, second), 1), ids.view(100, 10))
-    first, second = m.half_rows(ids, 10, 1)  # in random order, each window once
-    assert torch.equal(first[:, -1] + 1, second[:, 0]) and len(set(first[:, 0].tolist())) == len(first) == 991
-    assert first[:8, 0].tolist() != list(range(1, 9))
+def test_verdicts_stand_behind_the_last_real_token(m):
+    ids, yes = torch.tensor([[3, 9, 4, 0, 0], [3, 9, 9, 9, 4]]), torch.tensor([1, 0])
+    inputs, targets = m.judge_rows("Qwen3", ids, yes, 46)
+    assert targets[0].tolist() == [-100, -100, 47, -100, -100] and targets[1].tolist() == [-100] * 4 + [46]
+    assert m.judge_rows("T5", ids, yes, 46)[1].tolist() == [[47], [46]]
 
 
-def test_second_half_by_brute_force(m):
-    model = made(m, "text", "GPT-2")[0].eval()
-    ids = torch.randint(1, 66, (150,))
-    total = 0.0
-    for start in (0, 64):  # 22 tokens are left over
-        for t in range(32, 64):
-            logits = model(ids[None, start:start + t])[0, -1]
-            total += F.cross_entropy(logits, ids[start + t]).item()
-    assert m.second_half_nats(model, ids, 64) == pytest.approx(total / 64, rel=1e-4)
+def test_bag_of_words_is_logistic_regression(m, tmp_path):
+    assert reviews(m, tmp_path) == 1.0
 
 
-def test_text_is_split_in_three(m):
-    train, choose, test, vocab, size, name = m.text_ids("pydocs")
-    assert name == "pydocs" and len(train) > 15 * len(choose) and abs(len(choose) - len(test)) <= 1
-    assert min(train.min(), choose.min(), test.min()) >= 1 and train.max() < vocab and size >= 1
+# --- statistics ------------------------------------------------------------------------------------------------------
+def test_p_value_is_the_t_test(m):
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(1)
+    for n in (2, 3, 5, 9):
+        for shift in (0.0, 0.7, 3.0):
+            d = [rng.gauss(shift, 1) for _ in range(n)]
+            assert m.p_value(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=1e-3, abs=1e-4)
+    assert m.p_value([2.0, 2.0, 2.0]) == 0.0 and m.p_value([0.0, 0.0]) == 1.0
+    # By hand, without scipy: df = 1 is Cauchy, P(|t| > 1) = 1/2.
+    assert m.p_value([0.0, 1.0]) == pytest.approx(0.5, abs=1e-3)
 
 
-def test_reviews_are_in_three_disjoint_splits(m, data_dir, monkeypatch):
-    monkeypatch.setenv("LLM_DATA", str(data_dir))
-    train, choose, test, vocab = m.labelled("review")
-    sizes = [len(split[0]) for split in (train, choose, test)]
-    assert sizes[0] > 6000 and 600 < sizes[1] < 800 and sizes[2] == 872 and vocab == 3000
-    rows = [{tuple(i for i in row if i) for row in split[0].tolist()} for split in (train, choose)]
-    assert len(rows[0] & rows[1]) < 10  # different texts that are equal after cutting and unknown words, at most
-
-
-# --- sentences follow from numbers
-
-def entry(*values, lr=4e-3, by_rate=None):
-    return {"values": list(values), "second_half": [], "lr": lr,
-            "by_rate": by_rate or {"0.002": 1, "0.004": 1, "0.008": 1},
-            "tables": 10, "rest": 90}
-
-
-COST = {"train_tokens_per_second": 100.0, "answer_ms": 2.0, "first_ms": 1.0, "token_ms": 0.1, "memory_mb": 1.0,
-        "cache_bytes": 8, "source_bytes": 0, "flops_per_token": 1e3}
-
-
-def test_conclusions_follow_from_the_numbers(m):
-    entries = {"A": entry(0.90, 0.92), "B": entry(0.91, 0.95), "C": entry(0.5, 0.6, lr=8e-3)}
-    costs = {"A": COST, "B": COST | {"train_tokens_per_second": 50.0, "answer_ms": 5.0}, "C": COST | {"answer_ms": 4.0}}
-    said = " ".join(m.conclusions("match", entries, costs, None))
-    assert "B is best with 93.0%, level with it A 91.0%; behind C 55.0%." in said
-    assert "A is fastest, 2.0 times as fast as B" in said and "A needs 2.0 ms, B 2.5 times as long" in said
-    assert "The best rate of C is the lowest or highest that was tried" in said and "One seed" not in said
-    entries["A"] = entry(0.97, 0.98)
-    assert "A is best with 97.5%; behind B 93.0% and C 55.0%." in " ".join(m.conclusions("match", entries, costs, None))
-    alone = {name: entry(one["values"][0]) for name, one in entries.items()}
-    assert m.conclusions("match", alone, costs, None)[0].startswith("One seed each")
-
-
-def test_fewer_bits_are_better(m):
-    walk = {"GPT-2": entry(2.0, 2.1), "RoPE": entry(1.8, 1.9), "GQA": entry(1.85, 1.95), "mixture": entry(2.2, 2.3)}
-    said = m.conclusions("ablate", walk, {}, None)
-    assert "RoPE is best with 1.850, level with it GQA 1.900; behind GPT-2 2.050 and mixture 2.250." in said[0]
-    assert said[1:] == ["RoPE: 2.050 -> 1.850 bits, lower.", "GQA: 1.850 -> 1.900 bits, no clear change.",
-                        "mixture: 1.900 -> 2.250 bits, higher."]
-
-
-def row(model, lr, seed, choose, value):
-    return {"cell": {"model": model, "lr": lr, "seed": seed}, "choose": choose, "tables": 1, "rest": 2,
-            "score": {"accuracy": value}}
-
-
-def test_rates_are_chosen_without_the_test_rows(m):
-    rows = [row("A", 1e-3, 1, 0.5, 0.99), row("A", 4e-3, 1, 0.4, 0.90), row("A", 4e-3, 2, 0.4, 0.92)]
-    one = m.summarise(rows, "accuracy")["A"]
-    assert one["lr"] == 4e-3 and one["values"] == [0.90, 0.92] and one["by_rate"] == {"0.001": 0.99, "0.004": 0.90}
-    cells = m.with_seeds([r | {"cell": r["cell"] | {"out": "x-1"}} for r in rows[:2]], 3)
-    assert [(c["lr"], c["seed"], c["out"]) for c in cells] == [(4e-3, 2, "x-2"), (4e-3, 3, "x-3")]
-
-
-def test_the_search_goes_on_at_the_edge(m):
-    def tried(model, **losses):
-        return [{"cell": {"model": model, "lr": float(rate), "seed": 1, "out": f"x/qwen3-moe-{float(rate):g}-1"},
-                 "choose": loss} for rate, loss in losses.items()]
-    low, high = tried("A", **{"2e-3": 1, "5e-3": 2, "1e-2": 3}), tried("B", **{"2e-3": 3, "5e-3": 2, "1e-2": 1})
-    inside = tried("C", **{"2e-3": 3, "5e-3": 2, "1e-2": 3})
-    more = m.beyond_the_edge(low + high + inside)
-    assert [(cell["model"], cell["lr"], cell["out"]) for cell in more] == [
-        ("A", 0.00083, "x/qwen3-moe-0.00083-1"), ("B", 0.024, "x/qwen3-moe-0.024-1")]
-    again = m.beyond_the_edge(tried("A", **{"8e-5": 1, "2e-4": 2}))
-    assert [(cell["lr"], cell["out"]) for cell in again] == [(3.3e-05, "x/qwen3-moe-3.3e-05-1")]
-    assert m.beyond_the_edge([{"cell": again[0], "choose": 0}])[0]["out"] == "x/qwen3-moe-1.4e-05-1"
-    assert m.beyond_the_edge(tried("A", **{f"{i}e-3": i for i in range(1, 9)})) == []  # it has to end
-
-
-# --- the run
-
-def test_code_of_knows_what_matters(m, monkeypatch):
-    before = {task: m.code_of(task, "GPT-2") for task in ("match", "ablate")}
-    assert before["match"] != before["ablate"] and before["match"] == m.code_of("match", "GPT-2")
-    assert before["match"] != m.code_of("match", "Llama 3")
-    monkeypatch.setitem(m.TASKS, "match", m.TASKS["match"] | {"batch_size": 64})
-    assert m.code_of("match", "GPT-2") != before["match"] and m.code_of("ablate", "GPT-2") == before["ablate"]
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--tasks", "dance"], "tasks must be some of translate"), (["--rates", "fast"], "rates must be numbers"),
-    (["--rates", "0"], "rates must be numbers"), (["--seeds", "0"], "seeds must be at least 1"),
-    (["--jobs", "0"], "jobs must be at least 1"), (["--nonsense"], "unrecognized")])
-def test_wrong_settings_are_one_line(m, args, words):
-    with pytest.raises(SystemExit, match=words) as stop:
-        m.parse_config(m.Config, m.PRESETS, args)
-    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
-
-
-@pytest.fixture(scope="module")
-def ran(m, tmp_path_factory):
-    """A whole comparison with two steps per training."""
-    folder = tmp_path_factory.mktemp("compare")
+def test_holm_by_hand_and_equal_models_are_rarely_told_apart(m):
+    ps = {("a", "b"): 0.01, ("a", "c"): 0.02, ("b", "c"): 0.06}
+    values = {name: [0.0, 0.0] for name in "abc"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m, "QUICK", {"translate": 2, "text": 2})
-        patch.setattr(m, "WALK", {name: m.WALK[name] for name in ("GPT-2", "mixture (Qwen3 MoE)")})
-        cfg = m.Config(out=str(folder / "runs"), results=str(folder / "results"), tasks="translate,text", data="pydocs",
-                       rates="4e-3", quick=True, ablate=True)
-        yield cfg, folder, m.main(cfg)
+        order = iter(ps.values())
+        patch.setattr(m, "p_value", lambda differences: next(order))
+        assert m.certain(values, list(ps)) == {("a", "b"), ("a", "c")}  # 0.01 < 0.05/3, 0.02 < 0.05/2, 0.06 > 0.05
+        order = iter([0.03, 0.001, 0.04])
+        assert m.certain(values, list(ps)) == {("a", "c")}  # 0.03 > 0.05/2, and it takes 0.04 with it
+    rng, claims = random.Random(0), 0
+    for _ in range(200):
+        equal = {name: [rng.gauss(0, 1) for _ in range(5)] for name in "abcdef"}
+        claims += bool(m.certain(equal, [(a, b) for a in "abcdef" for b in "abcdef" if a < b]))
+    assert claims <= 20  # 5 % of 200 is 10; by touching ranges it would be about 100
 
 
-def test_a_run_leaves_tables_and_pictures(m, ran):
-    cfg, folder, found = ran
-    results = folder / "results" / "quick"
-    kept = json.loads((results / "compare_architectures.json").read_text())
-    assert list(kept["tasks"]) == ["translate", "text", "ablate"] and kept["tasks"] == json.loads(json.dumps(found))
-    text = (results / "compare_architectures.md").read_text()
-    for task in kept["tasks"]:
-        assert (results / f"compare_architectures_{task}.png").stat().st_size > 10_000
-        one = kept["tasks"][task]
-        assert {"cpu", "threads", "torch", "python", "system", "jobs"} <= set(one["environment"])
-        assert all(len(line) == len(one["table"][0]) for line in one["table"])
-        assert [line[0] for line in one["table"][1:]] == list(one["models"])
-        assert " ".join(one["conclusions"]) in text and one["conclusions"][0].startswith("One seed each")
-    costs = kept["tasks"]["text"]["costs"]
-    assert set(costs) == set(NAMES) - {"BERT"}
-    for one in costs.values():
-        assert min(one[key] for key in ("train_tokens_per_second", "first_ms", "token_ms", "answer_ms", "memory_mb",
-                                        "cache_bytes", "flops_per_token")) > 0
-        assert one["answer_ms"] > one["first_ms"]
-    assert kept["tasks"]["text"]["models"]["T5"]["values"] == []  # no bits of every byte for it
-    # Two steps teach nothing: bits near those of a uniform guess over the characters.
-    guess = math.log2(kept["tasks"]["text"]["models"]["GPT-2"]["tables"] / 96 - 64)
-    assert all(value < guess + 1 for one in kept["tasks"]["text"]["models"].values() for value in one["values"])
+def test_sentences_follow_from_the_numbers(m):
+    values = {"A": [100, 102, 101, 99, 100], "B": [200, 210, 190, 205, 195], "C": [198, 212, 189, 206, 197]}
+    assert m.conclude("names", values) == "A is ahead of B, C. No other difference is certain."
+    assert m.conclude("review", {k: [v / 300 for v in vs] for k, vs in values.items()}) == (
+        "C is ahead of A. B is ahead of A. No other difference is certain.")
+    walk = {"GPT-2": [2.7, 2.71, 2.7], "+ RoPE": [2.5, 2.51, 2.5], "+ RMSNorm": [2.5, 2.49, 2.51]}
+    assert m.conclude("text", walk) == ("+ RoPE: 2.703 -> 2.503, lower. + RMSNorm: 2.503 -> 2.500, no certain change.")
+    assert m.conclude("names", {"A": [1], "B": [2]}) == "One seed each: no difference is certain."
+    table = m.markdown("names", {"A": dict(values=values["A"], lr=0.001), "base": dict(values=[7] * 5, lr=0)},
+                       {"A": (1234, 1.5, 9.6)}, 800)
+    assert "| A | 1,234 | 1.50 | 10 | 100 (99 to 102) | 0.001 |" in table
+    assert "| base | - | - | - | 7 (7 to 7) | - |" in table
 
 
-def test_nothing_that_is_finished_is_trained_again(m, ran, capsys):
-    cfg, folder, found = ran
-    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/quick/*/*/cell.json")}
-    assert len(stamps) == 6 + 5 + 2
-    gone = random.Random(0).choice(sorted(stamps))
-    gone.unlink()
-    again = m.main(m.dataclasses.replace(cfg, tasks=gone.parent.parent.name if gone.parent.parent.name != "ablate"
-                                         else "text", ablate=gone.parent.parent.name == "ablate"))
-    changed = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
-    assert changed == [gone]
-    # The same training gives the same numbers, and the questions that were not asked again keep their answers.
-    for task in again:
-        assert again[task]["models"] == json.loads(json.dumps(found[task]["models"]))
-    assert list(again) == ["translate", "text", "ablate"]
+# --- search and runs -------------------------------------------------------------------------------------------------
+class Bar:
+    total = 0
+
+    def update(self):
+        pass
+
+    set_postfix_str = staticmethod(lambda text: None)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import compare_architectures as c\n"
-            "if __name__ == '__main__':\n"
-            "    c.QUICK.update(translate=5000)\n"
-            "    c.main(c.Config(tasks='translate', quick=True, rates='4e-3', jobs=1, results='results'))\n")
-    (tmp_path / "go.py").write_text(code)
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path, stdout=log, stderr=log,
-                                   start_new_session=True)
-        try:
-            deadline = time.time() + 90
-            logs = list(tmp_path.glob("runs/*/translate/*/log.txt"))
-            while not any("step     1" in path.read_text() for path in logs) and time.time() < deadline:
-                time.sleep(0.2)
-                logs = list(tmp_path.glob("runs/*/translate/*/log.txt"))
-            os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(60) == 130
-        finally:
-            process.kill()
-    said = (tmp_path / "log").read_text()
-    assert "the same command goes on" in said and "Traceback" not in said
-    assert not list(tmp_path.glob("runs/*/translate/*/cell.json")) and not (tmp_path / "results").exists()
+def test_the_search_goes_on_until_the_best_rate_has_neighbours_on_both_sides(m, tmp_path, monkeypatch):
+    asked = []
+
+    def fake(cells, cfg, pool, bar):
+        asked.extend(cells)
+        return [abs(math.log(cell["lr"] / 2e-2)) for cell in cells]
+    monkeypatch.setattr(m, "train_cells", fake)
+    found = m.search(dict(task="names"), True, m.Config(), None, None)
+    best = min(found, key=found.get)
+    assert min(found) < best < max(found) and best == pytest.approx(1.4e-2) and list(found) == sorted(found)
+    assert {cell["seed"] for cell in asked} == {m.SEARCH_SEED} and {cell["split"] for cell in asked} == {"choose"}
+    assert len(m.search({}, True, m.Config(quick=True), None, None)) == 2
+    monkeypatch.setattr(m, "train_cells", lambda cells, *_: [cell["lr"] for cell in cells])
+    assert len(m.search({}, False, m.Config(), None, None)) == 8  # a model that likes every rate better is given up
+
+
+def test_what_is_trained_is_kept_and_read_again(m, tmp_path, monkeypatch):
+    cfg, calls = m.Config(out=str(tmp_path)), []
+    (tmp_path / "trainings").mkdir()
+    monkeypatch.setattr(m, "train_cell", lambda cell: calls.append(cell) or cell["lr"] * 100)
+    cells = [dict(task="names", model="T5", lr=lr) for lr in (0.01, 0.02)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert m.train_cells(cells, cfg, pool, Bar()) == [1.0, 2.0] and len(calls) == 2
+        assert m.train_cells(cells[::-1], cfg, pool, Bar()) == [2.0, 1.0] and len(calls) == 2
+        assert m.train_cells([cells[0] | dict(seed=2)], cfg, pool, Bar()) == [1.0] and len(calls) == 3
+
+
+@pytest.mark.parametrize("task, name", [("names", "T5"), ("match", "BERT"), ("text", "+ RoPE"), ("names", "Qwen3 MoE")])
+def test_one_training_is_a_function_of_its_cell(m, task, name, monkeypatch):
+    monkeypatch.setitem(m.TASKS, task, m.TASKS[task] | dict(rows=8))
+    (train, *held), V, size = m.prepare(task, name, "pydocs" if task == "text" else task)
+    small = [tuple(part[:16] for part in rows) for rows in (train, *held)], V, size
+    monkeypatch.setattr(m, "prepare", lambda *_: small)
+    cell = dict(task=task, model=name, data="pydocs", lr=1e-3, seed=1, split="test", steps=2)
+    value = m.train_cell(cell)
+    assert value == (2 if task != "text" else value) and m.train_cell(cell) == value
+    if task == "text":
+        assert m.train_cell(cell | dict(seed=2)) != value and 4 < value < 12
+        assert m.train_cell(cell | dict(lr=1e9)) > value
+        assert m.train_cell(cell | dict(split="choose")) != value
+    else:
+        monkeypatch.setattr(m, "share_right", lambda *_: 1.0)
+        assert m.train_cell(cell | dict(steps=60)) == 25  # the first look at which enough are right
+
+
+def test_a_whole_comparison_in_small(m, tmp_path, monkeypatch, capsys):
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, jobs, context, start):
+            super().__init__(jobs)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(m, "train_cell", lambda cell: len(cell["model"]) + cell["seed"] / 10 + abs(cell["lr"] - 3e-3))
+    monkeypatch.setattr(m, "costs", lambda task, names, data: {name: (1, 1.0, 1.0) for name in names})
+    found = m.main(m.Config(tasks="names,text", data="pydocs", out=str(tmp_path), seeds=3))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(found) == ["names", "text"] and list(found["names"]) == list(m.MODELS)
+    assert all(len(one["values"]) == 3 for task in found.values() for one in task.values())
+    assert summary["conclusions"]["names"].startswith("T5 is ahead of BERT") and "| Qwen3 MoE |" in summary["markdown"]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000 and "MFLOP" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no 'nims'; there are names"):
+        m.main(m.Config(tasks="nims", out=str(tmp_path)))
+
+
+def test_flops_of_gpt2_by_hand(m):
+    (_, mflop, _), = m.costs("names", ["GPT-2"], "names").values()
+    T = m.prepare("names", "GPT-2", "names")[0][0][0].size(1)
+    C, V, L = 64, 46, 2
+    by_hand = T * 2 * (L * 12 * C * C + C * V) + L * 4 * T * T * C
+    assert mflop * 1e6 == by_hand
+
+
+def test_imports_of_scripts_are_the_scripts(m):
+    assert m.decoder_only.__file__ == importlib.import_module("decoder_only").__file__
