@@ -40,7 +40,7 @@ def test_it_leaves_what_it_promises(m, tour):
     assert printed.count("  wrong: ") == 9 and "seventy thousand thirteen" in printed
 
 
-def test_what_it_suggests_works(m, tour, monkeypatch, capsys):
+def test_what_it_suggests_works(m, tour, capsys):
     commands = [shlex.split(line) for line in tour[2].splitlines() if line.startswith(f'  "{sys.executable}"')]
     assert [command[1] for command in commands] == [str(ROOT / f"{name}.py") for name in tour[1]]
     for command, (name, one) in zip(commands, tour[1].items(), strict=True):
@@ -52,7 +52,7 @@ def test_what_it_suggests_works(m, tour, monkeypatch, capsys):
         assert "<pad>" not in said and {"encoder_only": "[MASK]: ", "decoder_only": "1984="}.get(name, "") in said
 
 
-def test_your_number_and_the_held_out_ones_are_not_trained_on(m, monkeypatch):
+def test_your_number_and_the_held_out_ones_are_not_trained_on(m):
     for number in (7, 708):  # one that would be in training, one that would be held out
         train, held_out = m.choose_numbers(m.Config(number=number))
         assert number not in train + held_out and not set(train) & set(held_out) and len(held_out) > 450
@@ -60,14 +60,14 @@ def test_your_number_and_the_held_out_ones_are_not_trained_on(m, monkeypatch):
 
 
 def test_every_model_learns_what_it_is_shown(m, tmp_path, capsys):
-    """Eight numbers, again and again: asked about these, each architecture must have every name right."""
-    numbers = [3, 14, 15, 92, 653, 5_897, 93_238, 462_643]
-    for name, effort in (("encoder_only", 0.25), ("decoder_only", 0.15), ("encoder_decoder", 0.2)):
+    """Four numbers, again and again: asked about these, each architecture must have every name right."""
+    numbers = [3, 14, 653, 93_238]
+    for name, effort in (("encoder_only", 0.05), ("decoder_only", 0.08), ("encoder_decoder", 0.12)):
         cfg = m.Config(out=str(tmp_path), effort=effort, number=93_238)
-        result = getattr(m, f"meet_{name}")(cfg, m.toy_tokenizer(), (numbers * 8, numbers * 8))
+        result = getattr(m, f"meet_{name}")(cfg, m.toy_tokenizer(), (numbers * 8, numbers * 2))
         printed = capsys.readouterr().out
         assert result["exact_match"] == 1 and "wrong" not in printed, printed
-        assert result["history"][0]["loss"] > math.log(46) - 0.5 > 2 > result["history"][-1]["loss"]
+        assert result["history"][0]["loss"] > math.log(46) - 0.5 > 1 > result["history"][-1]["loss"]
     assert "ninety three thousand two hundred thirty eight" in printed
 
 
