@@ -1,223 +1,211 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["matplotlib>=3.8", "torch>=2.11", "tqdm>=4.66"]
+# dependencies = ["matplotlib>=3.8", "tokenizers>=0.21", "torch>=2.11", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              95 s on two CPU cores
+THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              2 min on two CPU cores
 
 Idea     Train the three classic architectures, one after the other, on a language so small that you can check every
-         answer: numbers and their English names. Look at what each of them does with it, and where they differ.
-Picture  encoder          4 [MASK] 2 1 5 | forty thousand ...  ->  0                       reads both ways, fills gaps
-         decoder          4 0 2 1 5 =                          ->  forty thousand ...      goes on, word by word
-         encoder-decoder  4 0 2 1 5            (read first)    ->  forty thousand ...      then writes, looking back
-Not here how they work: that is what encoder_only.py, decoder_only.py and encoder_decoder.py explain, line by line
-Expect   names of unseen numbers exactly right after so short a training: encoder_only.py 89.2% in 45 s, decoder_only.py
-         99.8% in 14 s, encoder_decoder.py 100.0% in 23 s; half-trained models err in ways worth looking at
-         (results/quick_start.json)
-Asked    What is a model, to begin with?   What does "loss" say?   Which of the three is ChatGPT?   (grep "# Q:")
+         answer: numbers and their English names. Ask each what it has learned, and see where they differ.
+Picture  encoder          4 [MASK] 2 1 5 [SEP] forty thousand ...  ->  0                   reads both ways, fills gaps
+         decoder          4 0 2 1 5 =                              ->  forty thousand ...  goes on, word by word
+         encoder-decoder  4 0 2 1 5                (read first)    ->  forty thousand ...  then writes, looking back
+Not here how they work: encoder_only.py, decoder_only.py, encoder_decoder.py; a fair race: compare_architectures.py
+Expect   of 500 numbers that no model was trained on, decoder and encoder-decoder write nearly all exactly right, the
+         encoder most; with --effort 0.2 all three err, in ways worth looking at
+Asked    What is a model, to begin with?   What does "loss" say?   Why ask about numbers that it was not trained on?
+         Which of the three is ChatGPT?                                                     (grep "# Q:")
+
+    python quick_start.py                      the tour
+    python quick_start.py --number 777777      the same, with your number
+    python quick_start.py --effort 0.2         a fifth of the training: what do barely trained models get wrong?
 """
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import decoder_only
 import encoder_decoder
 import encoder_only
+import toy_dataset as toy
+
 
 # --- 1. Config: the few things to play with --------------------------------------------------------------------------
-#     python quick_start.py                      the tour
-#     python quick_start.py --number 777777      the same, with your number
-#     python quick_start.py --effort 0.2         a fifth of the training: what do barely trained models get wrong?
-# Sections have the same numbers in all scripts; this one has no use for the others.
-
-
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """All settings. Raises ValueError for impossible values."""
-
-    out: str = "runs/quick_start"     # folder for the three models and the pictures
-    seed: int = 1337                  # decides initial weights, batches and which numbers are drawn
-    number: int = 40215               # the number that the models are asked about
-    effort: float = 1.0               # share of the training steps
-
-    def __post_init__(self):
-        if not 0 <= self.seed < 2 ** 31:
-            raise ValueError(f"seed must be in [0, 2^31), not {self.seed}")
-        if not 0 <= self.number <= 999_999:
-            raise ValueError(f"number must be in 0..999999, not {self.number}")
-        if not 0 < self.effort <= 10:
-            raise ValueError(f"effort must be above 0 and at most 10, not {self.effort}")
+    out: str = "runs/quick_start"   # folder for the picture, summary.json and the three models
+    seed: int = 1337                # decides initial weights, batches and which numbers are drawn
+    number: int = 40215             # the number that the models are asked about, 0 to 999999
+    effort: float = 1.0             # share of the training steps
 
 
 PRESETS = {"default": {}}
 
-# Plumbing, the same in every script. First reading: skip.
-def parse_config(cls, presets, argv=None):
-    """Command line -> cls. Every field is a flag (--n-layer 6, --no-compile); explicit flags win over --preset NAME.
 
-    A wrong flag or an impossible value ends the program with one line `error: ...` and exit status 1.
-    """
-    # The help texts are read from the source: a comment and a help string that say the same would drift apart.
-    notes = dict(re.findall(r"^ {4}(\w+): \w+ = .*?# (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    # argparse would print its whole usage above the message, and the one line that matters would scroll away.
-    parser.error = lambda message: sys.exit(f"error: {message}")
-    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="a set of defaults")
-    for field in dataclasses.fields(cls):
-        # Trap: type=bool makes "--resume False" true, because bool("False") is True. Booleans get --x and --no-x.
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        # SUPPRESS leaves flags that were not given out of the result; what is left is what the user really said.
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    try:
-        cfg = cls(**{**presets[given.pop("preset")], **given})
-    except ValueError as problem:
-        sys.exit(f"error: {problem}")
-    cfg.given = frozenset(given)  # a flag that repeats a default was still asked for: --resume must not ignore it
-    return cfg
+# --- 4. Data: the same numbers for all three -------------------------------------------------------------------------
+# Models read ids, not letters. In this language each digit and each word is one token, and its id is its place in
+# toy_dataset.py's list of 46:   40215 = forty ...  ->  10 6 8 7 11 2 38 ...
+def toy_tokenizer():
+    """The list of tokens as the text of a tokenizer.json, which all three scripts can read."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    # The line's end gets the name by which decoder_only.py knows the end of a text. A word that is not in the list
+    # becomes <pad>, which means nothing.
+    ids = {token.replace("\n", "<|endoftext|>"): i for i, token in enumerate(toy.TOY_VOCAB)}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[[A-Z]+\]|\d|=|[a-z]+"), "removed", invert=True)
+    return inner.to_str()
+
+
+# Q: Why ask about numbers that it was not trained on?
+# A: What it was trained on it may know by heart. A right name for a number that it never met shows that it has found
+#    the rule. One number in ten is set aside for that, and so is the one that you ask about.
+def choose_numbers(cfg):
+    """-> (numbers to train on, 500 held-out numbers to ask about). cfg.number is in neither."""
+    train, held_out = toy.draw_numbers(50_000, cfg.seed, False), toy.draw_numbers(700, cfg.seed, True)
+    # Each held-out number once. There are few short ones, and repeats would make one error count many times.
+    return [n for n in train if n != cfg.number], [n for n in dict.fromkeys(held_out) if n != cfg.number][:500]
 
 
 # --- 5. Training: the same few lines for all three -------------------------------------------------------------------
 # Q: What is a model, to begin with?
-# A: A function with adjustable numbers, here 100,000 to 230,000 of them: tokens in, one score per possible token out.
-#    Training adjusts the numbers, a little at each step, so that the right token's score rises. What differs between
-#    the three is which tokens may look at which others, and what is asked of them.
+# A: A function with adjustable numbers, here 100,000 to 250,000 of them: tokens in, one score per possible token out.
+#    Training adjusts the numbers a little at every step, so that the right token's score rises. The three differ in
+#    which tokens may look at which others, and in what they are asked.
 #
 # Q: What does "loss" say?
 # A: How surprised the model is by the right answer: -ln p. Guessing among 46 tokens costs ln 46 = 3.83; 0.01 means that
-#    it gives the right token 99 %. "train" is measured on what it learns from, "val" on numbers it never sees in
-#    training. If only "train" fell, it would be learning by heart.
-def train_one(script, cfg, loss_fn):
-    """Make the data, build the model, train it, all with the script's own functions. -> (model, tokenizer, result)."""
-    # Data first: what a tokenizer knows decides how many rows the model's table of tokens has.
-    # train_data, val_data: tensors of token ids, a row per example. info: the data's name and hash, for the checkpoint.
-    train_data, val_data, tokenizer, info, *_ = script.make_data(cfg)
-    changes = {"vocab_size": tokenizer.n_vocab}
-    if script is encoder_only:  # it has to know which id means "hidden"
-        changes["mask_id"] = script.mask_id_of(tokenizer)
-    cfg = dataclasses.replace(cfg, **changes)
-    model = script.build_model(cfg)  # on the CPU: models this small would wait for a GPU rather than use it
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} numbers to adjust, {cfg.max_steps} steps of {cfg.batch_size} rows\n")
-    # Before training, a guess among 46 tokens; the encoder also judges whether two halves match, a guess among two.
-    guess = f"guessing costs ln {tokenizer.n_vocab} = {math.log(tokenizer.n_vocab):.2f} per token" + (
-        ", ln 2 = 0.69 per pair" if script is encoder_only else "")
-    result = script.train(model, cfg, train_data, val_data, loss_fn, {"tokenizer": tokenizer.spec, "data": info},
-                          guess=guess)
-    print()
-    return model, tokenizer, result | {"parameters": parameters}
-
-
-def shortened(script, preset, steps, cfg):
-    """The script's own preset, shortened to `steps` (times --effort), in a folder of this tour. -> its Config."""
-    # lr, width, batch and the rest stay what the script's author found to work. The warm-up and the fall of the
-    # learning rate follow the number of steps: a cut-off schedule would end at a high rate, with noisy weights.
+#    it gives the right token 99 %. "train" is measured on what it learns from, "val" on held-out numbers. If only
+#    "train" falls, it learns by heart.
+def train_one(cfg, script, kind, steps, rows, spec, write, **settings):
+    """Build a model (kind: script.BERT, GPT or T5), train it with the script's own loop, test it. -> (model, result).
+    rows: (train, validation, held-out numbers); write(model, numbers) -> names; settings: other than the defaults."""
     steps = max(10, round(steps * cfg.effort))
-    return script.Config(**script.PRESETS[preset] | dict(
-        data="numbers", device="cpu", out=str(Path(cfg.out) / script.__name__), seed=cfg.seed, max_steps=steps,
-        eval_every=max(1, steps // 3), save_every=steps, warmup_steps=steps // 10))
+    # On the CPU: models this small would wait for a GPU rather than use it. The learning rate rises for a tenth of the
+    # steps and falls to 0 until the last; a long schedule that is cut off would end with large steps and noisy weights.
+    own = script.Config(out=str(Path(cfg.out, kind.__name__)), seed=cfg.seed, device="cpu", vocab_size=46,
+                        max_steps=steps, warmup_steps=steps // 10, eval_every=math.ceil(steps / 3), **settings)
+    Path(own.out).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    model, held_out = kind(own), rows[2]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"It has {parameters:,} numbers to adjust, in {steps} steps of {own.batch_size} rows.")
+    try:
+        history = script.train(model, own, *rows[:2], spec, None, lambda: tqdm.write(
+            f"            {cfg.number} -> {write(model, [cfg.number])[0]}"))
+    except SystemExit:  # Ctrl-C: the loop has saved and would recommend its --resume
+        sys.exit("interrupted: the tour has no --resume, start it again")
+    # The same question to all: the whole name of a held-out number. One wrong word makes an answer wrong. At 95 % right
+    # the standard error of 500 answers is one point: a difference of two points means nothing.
+    wrong = [f"{n} -> {answer}" for n, answer in zip(held_out, write(model, held_out), strict=True)
+             if answer != toy.number_to_words(n)]
+    exact = 1 - len(wrong) / len(held_out)
+    print(f"Of {len(held_out)} held-out numbers it names {exact:.1%} rightly.", *wrong[:3], sep="\n  wrong: ")
+    return model, dict(exact_match=exact, seconds=history[-1]["seconds"], parameters=parameters, history=history)
 
 
 # --- 6. Decoding: what to ask each of them ---------------------------------------------------------------------------
-def ask_encoder(model, tokenizer, cfg, name):
-    """Hide each token of the pair in turn and let the encoder fill it in. -> lines to print."""
-    # The pair as the encoder knows it from training: digits, then the name, each half closed by [SEP].
-    words = tokenizer.encode(f"[CLS] {cfg.number} [SEP] {name} [SEP]")
-    # Every token is asked about by itself, with all others in view: the encoder's own kind of question.
-    ids = torch.tensor([words])
-    segments = encoder_only.second_half(ids, tokenizer)
-    lines, right, asked = [], 0, 0
-    for column, true in enumerate(words):
-        if true <= model.cfg.mask_id:  # [CLS] and [SEP] are punctuation
-            continue
-        hidden = ids.clone()
-        hidden[0, column] = model.cfg.mask_id
-        # probabilities and tokens, best first, for the one blank
-        probs, tokens = encoder_only.fill_mask(model, hidden, None, segments, top_k=2)
-        best, second = (f"{tokenizer.decode([tokens[0, i].item()])} {probs[0, i]:.1%}" for i in (0, 1))
-        asked, right = asked + 1, right + (tokens[0, 0].item() == true)
-        lines.append(f"  {tokenizer.decode(hidden[0].tolist()):62} -> {best:16} (then {second})")
-    return [*lines, f"  {right} of {asked} blanks filled rightly."]
+# Each stop of the tour gets (numbers to train on, held-out numbers), trains its model and asks it. toy_dataset.py makes
+# the rows, in each architecture's own form. The docstrings are what the tour prints.
+def words_of(ids):
+    """Ids up to the end of the line -> text."""
+    return " ".join(toy.TOY_VOCAB[i] for i in ids[:[*ids, toy.EOS].index(toy.EOS)])
 
 
-def ask_decoder(model, tokenizer, cfg):
-    """Greedy and sampled continuations of "40215=". -> lines to print."""
-    # It was trained on lines such as "42=forty two": whoever gives it "42=" gets the rest.
-    # Trap: asking in another form than it was trained in, "=42". It has seen no such line, and goes on somehow.
-    ids = torch.tensor([tokenizer.encode(f"{cfg.number}=")])
-    lines = []
-    for temperature in (0.0, 1.0, 2.0):
-        # temperature 0 takes the likeliest token; 1 draws from the model's own distribution; 2 flattens it
-        generator = torch.Generator().manual_seed(cfg.seed)
-        out = decoder_only.generate(model, ids, 10, temperature=temperature, eos_ids=tokenizer.eos_ids,
-                                    generator=generator)
-        answer = tokenizer.decode(out[0].tolist()).strip()
-        lines.append(f"  temperature {temperature:.0f}: {cfg.number}={answer}")
-    return lines
+def meet_encoder_only(cfg, spec, numbers):
+    """THE ENCODER (BERT) reads a whole text at once and sees every token from both sides. It is trained on gaps: some
+    tokens are hidden, and it guesses them. Good for understanding: search, sorting, tagging."""
+    tokenizer = encoder_only.make_tokenizer("json", spec)
+    # Half of these pairs have a wrong name, for BERT's second question (do the two match?), which the tour leaves out.
+    train_rows, val_rows = (encoder_only.Rows(ids[match == 1], match[match == 1] * encoder_only.IGNORE, 0.15, tokenizer)
+                            for ids, _, _, match in (toy.encoder_pairs(part, cfg.seed) for part in numbers))
+    # Training hides other tokens at every step; validation always the same, so that its losses can be compared.
+    val_rows = encoder_only.hide(val_rows, torch.arange(len(val_rows.ids)), torch.Generator().manual_seed(0))
+
+    # To make an encoder write, the whole name becomes gaps: so it is told how many words there are, which the other
+    # two have to find out. It fills the gap that it is surest of, looks again, fills the next.
+    def write(model, asked):
+        texts = [f"[CLS] {n} [SEP] {re.sub('[a-z]+', '[MASK]', toy.number_to_words(n))} [SEP]" for n in asked]
+        ids, _ = toy.pad_rows(list(map(tokenizer.encode, texts)))
+        filled = encoder_only.unmask(model, ids, toy.MASK, encoder_only.segments_of(ids, tokenizer))
+        return [words_of(row[gaps].tolist()) for row, gaps in zip(filled, ids == toy.MASK, strict=True)]
+    model, result = train_one(cfg, encoder_only, encoder_only.BERT, 1200, (train_rows, val_rows, numbers[1]),
+                              ("json", spec), write)
+    # Its own kind of question: hide each token of a pair in turn. For every gap the two likeliest tokens.
+    pair = torch.tensor(tokenizer.encode(f"[CLS] {cfg.number} [SEP] {toy.number_to_words(cfg.number)} [SEP]"))
+    places = (pair > toy.MASK).nonzero()[:, 0]  # digits and words, not [CLS] and [SEP]
+    ids = pair.repeat(len(places), 1)
+    ids[range(len(places)), places] = toy.MASK
+    probs, tokens = encoder_only.fill_mask(model, ids, toy.MASK, encoder_only.segments_of(ids, tokenizer), 2)
+    for row, p, best in zip(ids, probs, tokens, strict=True):
+        first, second = (f"{toy.TOY_VOCAB[i]} {q:.1%}" for i, q in zip(best, p, strict=True))
+        print(f"  {tokenizer.decode(row[1:-1].tolist()):70} -> {first}, then {second}")
+    print(f"  {(tokens[:, 0] == pair[places]).sum()} of {len(places)} gaps filled rightly.")
+    return result
 
 
-def exact(script, model, tokenizer, cfg):
-    """Share of 500 held-out numbers whose whole name is right, in the architecture's own way of writing."""
-    # 500 draws (short numbers repeat): at 95 % right the standard error is one point, so two points mean nothing.
-    numbers = decoder_only.draw_numbers(500, cfg.seed + 2, True)
-    if script is encoder_only:  # told how many words there are, it fills them all, the surest first
-        return script.written(model, tokenizer, numbers)
-    return script.exact_match(model, tokenizer, numbers, *([model.cfg] if script is encoder_decoder else []))
+def meet_decoder_only(cfg, spec, numbers):
+    """THE DECODER (GPT) sees only what stands to the left and guesses the next token. It appends its guess and guesses
+    again: that makes a text. Good for writing, and with enough data for nearly everything."""
+    # It is trained on lines such as "42=forty two": whoever gives it "42=" gets the rest.
+    # Trap: asking in another form than the one it was trained in, "=42". It has seen no such line, and goes on somehow.
+    def write(model, asked, temperature=0.0):
+        names = {}
+        # All rows of one call must be equally long: first the numbers of one digit, then those of two, and so on.
+        for length in {len(str(n)) for n in asked}:
+            same = [n for n in dict.fromkeys(asked) if len(str(n)) == length]
+            new = decoder_only.generate(model, torch.tensor([toy.encode_toy(f"{n}=") for n in same]), 10, temperature,
+                                        eos=toy.EOS, generator=torch.Generator().manual_seed(cfg.seed))
+            names |= zip(same, map(words_of, new.tolist()), strict=True)
+        return [names[n] for n in asked]
+    # The script's own defaults are for prose. These lines have at most 17 tokens, and there are only 46 different ones.
+    rows = (toy.decoder_rows(part)[:2] for part in numbers)
+    model, result = train_one(cfg, decoder_only, decoder_only.GPT, 600, (*rows, numbers[1]), ("json", spec), write,
+                              block_size=20, n_layer=2, n_embd=64, batch_size=128, beta2=0.98)
+    # Temperature 0 takes the likeliest token, 1 draws from the model's own distribution, 3 from a much flatter one.
+    for temperature in (0.0, 1.0, 3.0):
+        print(f"  temperature {temperature:.0f}: {cfg.number}={write(model, [cfg.number], temperature)[0]}")
+    return result
+
+
+def meet_encoder_decoder(cfg, spec, numbers):
+    """THE ENCODER-DECODER (T5) has both: one half reads the source from both sides, the other half writes, and looks
+    back at the source with every word. Good where one text becomes another: translation."""
+    tokenizer = encoder_decoder.make_tokenizer(spec)
+    rows = (toy.seq2seq_rows(part)[::2] for part in numbers)  # source and targets
+
+    # It reads "40215" and writes "forty thousand two hundred fifteen": that is what it was trained on, so just ask.
+    def write(model, asked):
+        return encoder_decoder.translate(model, tokenizer, list(map(str, asked)), model.cfg, 1)
+    return train_one(cfg, encoder_decoder, encoder_decoder.T5, 600, (*rows, numbers[1]), (spec,), write,
+                     max_new_tokens=10)[1]
 
 
 # --- 8. Main: the tour -----------------------------------------------------------------------------------------------
-# What is said about each before it is trained.
-TEXTS = {
-    encoder_only:
-        "THE ENCODER (BERT) reads a whole text at once and sees every token from both sides. It is trained on gaps: "
-        "some tokens are hidden and it guesses them. Good for understanding: search, classification.",
-    decoder_only:
-        "THE DECODER (GPT) sees only what stands to the left and guesses the next token; appending its guess and "
-        "guessing again makes text. Good for writing, and with enough data for nearly everything.",
-    encoder_decoder:
-        "THE ENCODER-DECODER (T5) has both: one half reads the source from both sides, the other half writes and "
-        "looks back at it with every word. Good where a source becomes a target: translation.",
-}
-
-
-# The terminal is as wide as it is; 100 columns fit nearly everywhere and can still be read without a ruler.
-def fill(text, width=100):
-    """A paragraph in lines of at most `width` characters."""
-    return "\n".join(re.findall(rf".{{1,{width}}}(?:\s|$)", text))
-
-
-def plot_losses(path, histories):
+def plot_losses(path, results):
     """The three training losses against the seconds that they took."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    # Against seconds and not steps: a step of one model is not the work of a step of another. The losses are not of one
-    # kind either (hidden tokens and pairs; words after "="; words of the target), so compare shapes, not heights.
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=120)
-    # Colours of Okabe & Ito, and lines that differ without colour too.
-    for (name, history), color, style in zip(histories.items(), ("#0072B2", "#E69F00", "#009E73"), ("-", "--", "-."),
-                                             strict=True):
-        seen = [row for row in history if row["step"] > 1]
-        ax.plot([row["seconds"] for row in seen], [row["loss"] for row in seen], style, color=color, label=name)
-    ax.set(xlabel="seconds of training", ylabel="training loss, nats per question", yscale="log",
-           title="Three architectures learn the names of numbers")
+    from matplotlib.figure import Figure
+    ax = (figure := Figure(figsize=(8, 4.8), dpi=120, layout="tight")).add_subplot(
+        yscale="log", xlabel="seconds of training", ylabel="loss: surprise at the right answer, in nats",
+        title="Three architectures learn the names of numbers\n"
+              "(encoder: a digit and its word are sometimes both hidden, so its loss stays above 0)")
+    # Against seconds and not steps: a step of one model is not the work of a step of another.
+    for (name, one), look in zip(results.items(), ("-", "--", "-."), strict=True):
+        ax.plot([row["seconds"] for row in one["history"]], [row["loss"] for row in one["history"]], look,
+                label=f"{name}: {one['exact_match']:.1%} of unseen names right")
+    ax.axhline(math.log(len(toy.TOY_VOCAB)), color="gray", linestyle=":", label="guessing one of 46 tokens")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.legend()
-    fig.tight_layout()
-    decoder_only.write_atomically(path, lambda file: fig.savefig(file, format="png"))
-    plt.close(fig)
+    figure.savefig(path)
 
 
 # Q: Which of the three is ChatGPT?
@@ -225,69 +213,48 @@ def plot_losses(path, histories):
 #    serves, and any task can be written as "go on". Encoders still sort and search, with a fraction of the work per
 #    text; encoder-decoders live on in translation and speech recognition.
 def main(cfg):
-    """Train, ask, compare, draw. -> {name: results} as in summary.json."""
-    start = time.perf_counter()
-    out = decoder_only.out_folder(cfg)  # made first: a folder that cannot be made should end the tour before the work
-    name = decoder_only.number_to_words(cfg.number)
-    other = next(n for n in [*range(cfg.number, 1_000_000), *range(cfg.number)] if decoder_only.is_validation(n))
-    seen = "is held out: no model sees it in training." if other == cfg.number else (
-        f"is not, so it may occur in training; try --number {other} as well.")
-    print(f"The language: {cfg.number} = {name}\n"
-          f"One token per digit, one per word. One number in ten is held out for testing; {cfg.number} {seen}\n")
-    # The presets are the scripts' own; only the number of steps is chosen so that the tour stays short.
-    # The encoder comes first because its question is the easiest to see, a gap; it also needs the most steps.
-    tour = ((encoder_only, "laptop", 1200), (decoder_only, "numbers", 600), (encoder_decoder, "laptop", 600))
-    results, histories = {}, {}
-    for script, preset, steps in tour:
-        print(fill(TEXTS[script]))
-        try:
-            model, tokenizer, result = train_one(script, shortened(script, preset, steps, cfg), script.compute_loss)
-        except SystemExit as stopped:  # the script has saved and said how to go on; a tour of minutes starts again
-            if stopped.code == 130:
-                print("(The tour has no --resume: start it again.)", file=sys.stderr)
-            raise
-        model.eval()
-        if script is encoder_only:
-            print(*ask_encoder(model, tokenizer, cfg, name), sep="\n")
-        elif script is decoder_only:
-            print(*ask_decoder(model, tokenizer, cfg), sep="\n")
-        else:
-            answer = script.translate(model, tokenizer, [str(cfg.number)], model.cfg, 1, 10)[0]
-            print(f"  {cfg.number} -> {answer}")
-            # Where it looked while it wrote: a row per word, a column per digit.
-            script.plot_alignment(out / "attention.png", model, tokenizer, str(cfg.number), name)
-        results[script.__name__] = {"parameters": result["parameters"], "seconds": result["seconds"],
-                                    "exact_match": exact(script, model, tokenizer, cfg)}
-        histories[script.__name__] = result["history"]
-        print()
-    plot_losses(out / "comparison.png", histories)
-
-    # One question to all: the whole name of an unseen number. One wrong word makes an answer wrong.
-    print("THE COMPARISON: 500 questions about held-out numbers, the whole name right or wrong\n")
-    print(f"  {'':18}{'numbers adjusted':>17}{'training':>10}{'names right':>13}")
+    """Train, ask, compare, draw. -> {script: results} as in summary.json."""
+    if not (0 <= cfg.number <= 999_999 and 0 < cfg.effort <= 10 and 0 <= cfg.seed < 2 ** 31):
+        raise ValueError("number goes from 0 to 999999, effort from above 0 to 10, seed from 0 to 2147483647")
+    began, out, results = time.perf_counter(), Path(cfg.out), {}
+    name, spec, numbers = toy.number_to_words(cfg.number), toy_tokenizer(), choose_numbers(cfg)
+    print(f"The language: {cfg.number} = {name}. (All three are asked about {cfg.number}, and none is trained on it.)")
+    for meet in (meet_encoder_only, meet_decoder_only, meet_encoder_decoder):
+        print("\n" + re.sub("\n +", "\n", meet.__doc__))
+        results[meet.__name__.removeprefix("meet_")] = meet(cfg, spec, numbers)
+    plot_losses(out / "comparison.png", results)
+    print("\nTHE COMPARISON: held-out numbers named rightly (the encoder is told how many words; the others find out)")
     for label, one in results.items():
-        print(f"  {label:18}{one['parameters']:>17,}{one['seconds']:>8.0f} s{one['exact_match']:>13.1%}")
-    top = max(one["exact_match"] for one in results.values())
-    best = ", ".join(label for label, one in results.items() if one["exact_match"] >= top - 0.02)
-    print(f"\nBest at writing names here: {best} (two points are luck). The encoder has the easier question: it is "
-          f"told\nhow many words to fill. (A fair race, equal sizes, rates searched for each, several seeds: "
-          f"compare_architectures.py.)")
-    seconds = time.perf_counter() - start
-    summary = {"config": dataclasses.asdict(cfg), "seconds": seconds, "results": results, "torch": torch.__version__,
-               "figures": ["comparison.png", "attention.png"]}
-    decoder_only.write_atomically(out / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    # The expectation is printed from the header, where a measured run wrote it.
-    expected = " ".join(re.search(r"^Expect +(.+(?:\n {9}.+)*)", __doc__, re.M)[1].split())
-    print(f"\nPictures: {out}/comparison.png, {out}/attention.png. It took {seconds:.0f} s."
-          f"\nExpected: {expected}\n\nTalk to them:\n"
-          f"  python encoder_only.py --load {out}/encoder_only --prompt \"4[MASK]215 [SEP] forty thousand two hundred "
-          f"fifteen\"\n  python decoder_only.py --load {out}/decoder_only --prompt 1984= --temperature 0\n"
-          f"  python encoder_decoder.py --load {out}/encoder_decoder --prompt 1984\n"
-          f"What to read next: toy_dataset.py (what a batch is), then decoder_only.py from top to bottom; then "
-          f"encoder_only.py\nand encoder_decoder.py, each a difference from it. README.md has paths of an hour, an "
-          f"afternoon and a week.")
+        del one["history"]
+        print(f"  {label:16}{one['exact_match']:6.1%} after {one['seconds']:.0f} s of training")
+    seconds = time.perf_counter() - began
+    (out / "summary.json").write_text(json.dumps(dict(config=vars(cfg), seconds=seconds, results=results)))
+    print(f"\nIt took {seconds:.0f} s; see {out / 'comparison.png'}. Ask them (the encoder's label is untrained):")
+    for label, ask in zip(results, (f'BERT" --prompt="[MASK]{str(cfg.number)[1:]} [SEP] {name}"',
+                                    'GPT" --temperature 0 --prompt="1984="', 'T5" --prompt="1984"'), strict=True):
+        print(f'  "{sys.executable}" "{Path(__file__).with_name(label)}.py" --load "{out}/{ask}')
+    print("Read next: toy_dataset.py (what a batch is), then decoder_only.py from top to bottom, then the other two.")
     return results
 
 
+def parse_config(argv=None):
+    """Command line -> Config. Explicit flags win over --preset NAME, which wins over the defaults."""
+    # Help texts are read from the source: a comment and a help string that say the same would drift apart.
+    notes = dict(re.findall(r"^ {4}(\w+): \w+ = .*  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default=next(iter(PRESETS)), help="a set of defaults")
+    for field in dataclasses.fields(Config):
+        # Trap: type=bool makes "--resume False" true, because bool("False") is True. Booleans get --x and --no-x.
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    return Config(**{**PRESETS[given.pop("preset")], **given})
+
+
 if __name__ == "__main__":
-    main(parse_config(Config, PRESETS))
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints "?" instead of a traceback
+    try:
+        main(parse_config())
+    except (OSError, ValueError) as problem:  # wrong flags, files, network: one line, and nothing was overwritten
+        sys.exit("error: " + " ".join(str(problem).split()))
