@@ -64,9 +64,14 @@ class Config:
 
 
 PRESETS = {"default": {}}
+# All are fresh: no model of this size has been published, and a pre-trained one would be compared for its training. One
+# script holds the dense Qwen3 and its mixture (4 experts, of which a token visits 2).
 MODELS = ("BERT", "GPT-2", "T5", "Llama 3", "Qwen3", "Qwen3 MoE")
-# All models of a task get these. wanted: the toy tasks are learned by everybody in the end, so the question is how
-# soon: steps until this share of held-out answers is right. The others are read after all steps.
+# All models of a task get these. Equal rows are equal tokens read: a row holds the same text in every form. The small
+# vocabularies put nearly all parameters into matrices, where architectures differ; in reviews, with 3,000 words, two
+# thirds are the table, as in real models of this size.
+# wanted: the toy tasks are learned by everybody in the end, so the question is how soon: steps until this share of
+# held-out answers is right. (A comparison at the ceiling tells nobody apart.) The others are read after all steps.
 TASKS = {
     "names": dict(n_layer=2, n_embd=64, block_size=20, rows=64, steps=1500, wanted=0.95),
     "match": dict(n_layer=2, n_embd=64, block_size=20, rows=64, steps=2500, wanted=0.95),
@@ -140,6 +145,8 @@ def make_model(name, shape):
 #     gqa      4 key/value heads -> 2                        Ainslie et al. 2023      half of the cache
 #     qk       RMSNorm on every q and k head                 Henry et al. 2020        bounded scores: against spikes
 #     moe      one feed-forward layer -> 2 of 4 experts      Shazeer et al. 2017      half of the feed-forward work
+# Equal parameters here too: SwiGLU's third matrix is paid with a smaller F, and what grouped queries save goes into F;
+# the experts share it out. Only the first three have GPT-2's layer, 4*C wide.
 # What a walk cannot say: how changes work in another order, at another size, after a thousand times as many tokens.
 # Grouped queries and mixtures are made for sizes where memory and arithmetic are what one pays for.
 STEPS = ("rope", "rms", "swiglu", "gqa", "qk", "moe")
@@ -177,7 +184,8 @@ class Walk(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, ids):
-        x, positions = self.model.embed_tokens(ids), torch.arange(ids.size(1))  # (B, T, C)
+        # Training only, so no cache and no padding: what attention may see is the causal triangle, always.
+        x, positions = self.model.embed_tokens(ids), torch.arange(ids.size(1))
         rope = [llama3.rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, 1)] if self.rotary else []
         if not self.rotary:
             x = x + self.positions(positions)                                  # (B, T, C)
@@ -188,7 +196,8 @@ class Walk(nn.Module):
 
 
 # --- 3. Objective: right or wrong, in each model's own form ----------------------------------------------------------
-# Every script's own compute_loss trains its models. What follows is the question of the comparison: what share of the
+# Every script's own compute_loss trains its models: the next token, the hidden ones, the target given the source; the
+# mixture with its balancing loss. What follows is the question of the comparison: what share of the
 # held-out answers is right?
 SCRIPTS = {"BERT": encoder_only, "T5": encoder_decoder, "GPT-2": decoder_only, "Llama 3": llama3}
 
@@ -231,6 +240,7 @@ def share_right(name, task, model, data):
 #     review   [CLS] a fine film [SEP]              the same, then yes or no          the same -> yes or no
 # The rows of a task hold the same content in all forms. Held-out rows are split once more: by `choose` the rate is
 # found, on `test` the result is measured. Trap: doing both on the same rows. Who tries more rates wins, by luck alone.
+# Which tokens a task needs: the toy language has 46; judges get two more, "no" and "yes", at the end of the vocabulary.
 def names_rows(name, numbers):
     """Numbers and their names -> tensors as the model's compute_loss wants them."""
     if name == "T5":
@@ -271,6 +281,8 @@ def toy_numbers():
     return toy_dataset.draw_numbers(60_000, 1337, False), held[:500], held[500:1500]
 
 
+# SST-2's dev set is kept for the end. A tenth of the training sentences, by the hash of their text, is what rates are
+# chosen by; words are learned from the remaining ones alone.
 @functools.cache
 def reviews():
     """SST-2: sentences of film reviews, 0 or 1 -> three lists of (text, label): train, choose, test; and the pieces."""
@@ -315,7 +327,10 @@ def bag_of_words():
 
 @functools.cache
 def prepare(task, name, data):
-    """-> (train, choose, test) tensors as the model's compute_loss takes them, vocabulary size, bytes per token."""
+    """-> (train, choose, test) tensors as the model's compute_loss takes them, vocabulary size, bytes per token.
+
+    Cached, so that a worker makes a task's rows once for all its trainings.
+    """
     if task == "text":
         text, _ = decoder_only.load_text(data)
         tokenizer = decoder_only.make_tokenizer("char", "".join(sorted(set(text))))
@@ -333,6 +348,7 @@ def prepare(task, name, data):
     V, numbers = len(toy_dataset.TOY_VOCAB), toy_numbers()
     if task == "names":
         return [names_rows(name, part) for part in numbers], V, 1
+    # Half of the pairs have the name of another number, one that is easily taken for theirs.
     rows = [toy_dataset.encoder_pairs(part, seed) for seed, part in enumerate(numbers)]
     return [judge_rows(name, ids, match, V) for ids, _, _, match in rows], V + 2, 1
 
@@ -357,7 +373,7 @@ def draw_batch(task, name, data, rows, seed, step):
 
 
 @torch.no_grad()
-def measure(task, name, model, rows, bytes_per_token):
+def quality(task, name, model, rows, bytes_per_token):
     """What a task reports, on held-out rows: bits per byte of a text, the share of right answers elsewhere."""
     if task != "text":
         return share_right(name, task, model, rows)
@@ -367,6 +383,7 @@ def measure(task, name, model, rows, bytes_per_token):
     return loss / rows[1].numel() / math.log(2) / bytes_per_token
 
 
+# What a finished training leaves is one number: the model itself is thrown away, 200 of them would be nobody's use.
 def begin(task, name, seed, data):
     """-> (fresh model of the task's size, the loss of its script)."""
     shape = {key: TASKS[task][key] for key in ("n_layer", "n_embd", "block_size")}
@@ -384,10 +401,11 @@ def train_cell(cell):
     torch.set_num_threads(1)  # a matrix of 64 x 64 is too little to share out; two runs side by side are twice the work
     task, name, seed, steps = cell["task"], cell["model"], cell["seed"], cell["steps"]
     (train, *held), _, bytes_per_token = prepare(task, name, cell["data"])
-    rows, wanted = held[cell["split"] == "test"], TASKS[task].get("wanted")
-    if wanted:  # looked at often: 500 rows do
-        rows = tuple(part[:500] for part in rows)
+    wanted = TASKS[task].get("wanted")
+    # The toy tasks are looked at often: 500 rows do.
+    rows = tuple(part[:500 if wanted else None] for part in held[cell["split"] == "test"])
     model, loss_fn = begin(task, name, seed, cell["data"])
+    # Seed and step decide weights and batches, so that under one seed all models see the same rows in the same order.
     # One recipe for all: AdamW, clipping at 1, warm-up over 50 steps, then constant or half a cosine down to 0.
     cfg = decoder_only.Config(lr=cell["lr"], warmup_steps=50, max_steps=10 ** 9 if wanted else steps, device="cpu")
     optimizer = decoder_only.make_optimizer(model, cfg)
@@ -401,12 +419,16 @@ def train_cell(cell):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if wanted and step % 25 == 0 and measure(task, name, model, rows, 1) >= wanted:
+        if wanted and step % 25 == 0 and quality(task, name, model, rows, 1) >= wanted:
             return step
-    value = steps if wanted else measure(task, name, model, rows, bytes_per_token)
+    value = steps if wanted else quality(task, name, model, rows, bytes_per_token)
     return value if math.isfinite(value) else 99.0  # a rate at which a model diverges is never chosen
 
 
+# A cell is one training: a dict of everything that decides its result, plain data, so that it can be sent to a worker,
+# written into a file, and compared with one that was written months ago. Equal dicts, equal results: nothing is trained
+# twice.
+#
 # Processes and not threads: a seed, OpenMP's threads and the interpreter's lock belong to a process. spawn and not
 # fork: fork copies a process whose threads are not copied, and the copy waits for them for ever.
 def start_worker():
@@ -429,6 +451,7 @@ def train_cells(cells, cfg, pool, bar):
     bar.total += len(missing)
     for future in concurrent.futures.as_completed(missing):
         cell, path = missing[future]
+        # Whole or not at all: renaming is one operation for the file system.
         path.with_suffix(".tmp").write_text(json.dumps(cell | dict(value=future.result())))
         os.replace(path.with_suffix(".tmp"), path)
         bar.set_postfix_str(f"{cell['task']}: {cell['model']} lr {cell['lr']:g} -> {future.result():.4g}")
@@ -518,6 +541,8 @@ def p_value(differences):
     return (density[angle > math.atan(t / math.sqrt(n - 1))].sum() / density.sum()).item()
 
 
+# Holm asks the pairs in the order of their p. In the walk only neighbors are asked, 6 pairs and not 21: with fewer
+# questions the correction is weaker, and more can be found.
 def certain(values, pairs):
     """The pairs whose difference is left after Holm's correction (Holm 1979) at 5 %. values: {name: one per seed}."""
     p = {(a, b): p_value([x - y for x, y in zip(values[a], values[b], strict=True)]) for a, b in pairs}
@@ -587,19 +612,19 @@ def markdown(task, found, prices, steps):
     return "\n".join(lines)
 
 
-def draw(tasks, path):
+def draw_seeds(tasks, path):
     """A panel per task, a line per model, a dot per seed. Where dots of two models overlap, look at the sentences."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 3.4 * ((len(tasks) + 1) // 2)), layout="constrained")
     for i, (task, found) in enumerate(tasks.items(), 1):
         ax = figure.add_subplot((len(tasks) + 1) // 2, min(2, len(tasks)), i)
+        # No bars from 0 and no mean with whiskers: five dots say all there is.
         for y, one in enumerate(found.values()):
             ax.plot(one["values"], [y] * len(one["values"]), "o", color="C0", alpha=0.6)
             ax.plot([sum(one["values"]) / len(one["values"])], [y], "|", color="black", ms=16)
         ax.set_yticks(range(len(found)), found)
         ax.set(title=ASKED[task][0], xlabel=f"{ASKED[task][1]} ({'more' if task == 'review' else 'less'} is better)")
         ax.invert_yaxis()
-        ax.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=90)
 
 
@@ -610,8 +635,10 @@ def main(cfg):
     start, tasks = time.perf_counter(), [task for task in TASKS if task in cfg.tasks.split(",")]
     if unknown := set(cfg.tasks.split(",")) - set(TASKS):
         raise ValueError(f"--tasks: there is no {sorted(unknown)[0]!r}; there are {', '.join(TASKS)}")
+    # Quick: the same code and sizes, fewer steps, rates and seeds, so fewer differences are certain.
     if cfg.quick:
         tasks, cfg = [task for task in tasks if task in SHORT], dataclasses.replace(cfg, seeds=min(3, cfg.seeds))
+    # A question whose data cannot be had is left out and named; the others are answered all the same.
     if "review" in tasks and not Path(os.environ.get("LLM_DATA", "data"), "sst2.train.tsv").is_file():
         print(f"review is left out: there is no sst2.train.tsv and sst2.dev.tsv in $LLM_DATA or data/; source: {SST2}")
         tasks.remove("review")
@@ -632,7 +659,6 @@ def main(cfg):
             worker.kill()
         print("\ninterrupted: the trainings that are finished are kept; the same command goes on", file=sys.stderr)
         os._exit(130)
-    pool.shutdown()
     bar.close()
     # Everything is trained. Costs are measured now, in this one process, while nothing else runs.
     tables, sentences = "", {}
@@ -645,7 +671,7 @@ def main(cfg):
         steps = (TASKS[task] | (SHORT[task] if cfg.quick else {}))["steps"]
         tables += f"{markdown(task, found[task], prices, steps)}\n\n{sentences[task]}\n\n"
     # Tables, sentences and picture are made from the numbers that are kept beside them.
-    draw(found, Path(cfg.out, "comparison.png"))
+    draw_seeds(found, Path(cfg.out, "comparison.png"))
     seconds = time.perf_counter() - start
     Path(cfg.out, "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
         config=dataclasses.asdict(cfg), seconds=seconds, results=found, conclusions=sentences, markdown=tables)))

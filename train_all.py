@@ -108,6 +108,8 @@ RUNS = {
     "compare_architectures": {"default": ("", (None,)), "quick": ("--quick", (None,))},
 }
 NEEDS_DATA = {"shakespeare", "multi30k", "compare_architectures"}  # words in a command: fetched, or from $LLM_DATA
+# The three passes: offline needs nothing but Python, so it works on a plane; real needs Tiny Shakespeare, Multi30k and
+# SST-2, which the scripts fetch themselves (SST-2: by hand); quick asks whether everything works on this machine.
 # The quick pass: as much learned as half a minute allows, offline. A short run is no beginning of the long one, whose
 # learning rate would not have fallen yet. compare_architectures.py has a --quick of its own, and takes minutes.
 QUICK = {
@@ -117,7 +119,7 @@ QUICK = {
     "encoder_decoder": "--max-steps 400", "kv_cache": "--data pydocs --max-steps 200 --contexts=",
     "flash_attention": "--data pydocs --max-steps 60 --lengths 1024,2048",
     "lora_qlora": "--base-steps 300 --max-steps 60", "dpo": "--sft-steps 600 --max-steps 100",
-    "ppo_grpo": "--max-steps 64 --sft-steps 400", "visualizations": "--only rope,softmax,schedule",
+    "ppo_grpo": "--max-steps 64 --sft-steps 400", "visualizations": "--only rope,softmax,scale",
 }
 
 
@@ -132,7 +134,10 @@ QUICK = {
 # Not handled: two calls at once with the same --out write into the same folders.
 @dataclasses.dataclass
 class Job:
-    """One call of one script: what is run, and where it writes."""
+    """One call of one script: what is run, and where it writes.
+
+    Two jobs are the same if code and arguments are; the folder is only where to look.
+    """
 
     script: str       # "llama3"
     run: str          # "pydocs": its name in RUNS

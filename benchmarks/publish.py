@@ -61,9 +61,9 @@ def publish_pass(path):
 
 
 # Sentences that quote results stand in docs/sentences.toml with holes in them:
-#     "validation loss {llama3:shakespeare:val_loss:.2f}"   file : run : path : format, the mean over the seeds
-# A run "-" is a file without runs (peers_*.json). "A over B" divides, "*" takes all of a list; `range` behind the format
-# gives least to largest. The formats min and MB divide by 60 and by a million.
+#     "validation loss {llama3:shakespeare:val_loss:.2f}"     file : run : path : format, the mean over seeds
+# A run "-" is a file without runs (peers_*.json). "A over B" divides, "*" takes all of a list; `range` behind the
+# format gives least to largest. The formats min and MB divide by 60 and by a million.
 def values(file, run, path):
     """-> the numbers at `path` (keys with slashes between them) of results/<file>.json, one for each seed."""
     whole = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
@@ -206,7 +206,8 @@ def refreshed(path):
             block = make()
             text = re.sub(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
                           lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text, flags=re.S)
-    return re.sub(r"\[([^][]+)\]\((\.\./)?(\w+\.py)#L\d+\)",
+    # A question may have brackets in it: [Why not always [MASK]?](../encoder_only.py#L260)
+    return re.sub(r"\[((?:[^][]|\[[^][]*\])+)\]\((\.\./)?((?:extras/)?\w+\.py)#L\d+\)",
                   lambda link: f"[{link[1]}]({link[2] or ''}{link[3]}#L{line_of(link[3], link[1])})", text)
 
 
