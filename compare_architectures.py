@@ -137,8 +137,8 @@ def make_model(name, shape):
 
 
 # The walk. GPT-2 and Qwen3 MoE differ in six ways; to see what each is worth, take one at a time. The parts are those
-# of the scripts, so that with no change this is decoder_only.py's GPT, after "gqa" llama3.py's Llama (tied, as in its
-# small sizes), after "qk" Qwen3, and with all of them its mixture.
+# of the scripts: the first model is decoder_only.py's GPT itself, what stands after "gqa" is llama3.py's Llama (tied,
+# as in its small sizes), after "qk" Qwen3, after "moe" its mixture.
 #     rope     learned positions -> rotations of q and k     Su et al. 2021           and attention loses its biases
 #     rms      LayerNorm -> RMSNorm                          Zhang & Sennrich 2019    one vector fewer per norm
 #     swiglu   gelu(x W) -> silu(x W1) * (x W2)              Shazeer 2020             three matrices, each narrower
@@ -155,18 +155,20 @@ WALK = dict(zip(("GPT-2", "+ RoPE", "+ RMSNorm", "+ SwiGLU", "+ GQA = Llama 3", 
 
 
 class Walk(nn.Module):
-    """A decoder between GPT-2 and Qwen3 MoE. model(ids (B, T)) -> logits (B, T, V). cfg: a qwen3_moe.Config."""
+    """A decoder between GPT-2 and Qwen3 MoE: it has RoPE, and of the other changes those that are named.
+
+    model(ids (B, T)) -> logits (B, T, V). cfg: a qwen3_moe.Config.
+    """
 
     def __init__(self, cfg, changes):
         super().__init__()
         self.cfg = cfg = dataclasses.replace(cfg, n_kv_head=2 if "gqa" in changes else cfg.n_head)
-        cfg.dropout, self.rotary, C = 0.0, "rope" in changes, cfg.n_embd
+        cfg.dropout, C = 0.0, cfg.n_embd  # dropout: GPT-2's feed-forward layer asks for it
 
         def norm():
             return nn.RMSNorm(C, eps=1e-5) if "rms" in changes else nn.LayerNorm(C)
         # Each step replaces the part of the one before it.
-        attention = (qwen3_moe.Qwen3Attention if "qk" in changes else llama3.GroupedQueryAttention
-                     if "rope" in changes else decoder_only.CausalSelfAttention)
+        attention = qwen3_moe.Qwen3Attention if "qk" in changes else llama3.GroupedQueryAttention
         mlp = (qwen3_moe.MixtureOfExperts if "moe" in changes else llama3.SwiGLU
                if "swiglu" in changes else decoder_only.MLP)
         self.model = nn.ModuleDict(dict(
@@ -174,7 +176,6 @@ class Walk(nn.Module):
             layers=nn.ModuleList(nn.ModuleDict(dict(norm1=norm(), attn=attention(cfg), norm2=norm(), mlp=mlp(cfg)))
                                  for _ in range(cfg.n_layer)),
             norm=norm()))
-        self.positions = None if self.rotary else nn.Embedding(cfg.block_size, C)
         # Initial weights as in the scripts: the last matrix of each branch smaller, so that 2L sums do not grow.
         for name, p in self.named_parameters():
             last = re.search("c_proj|o_proj|down_proj", name)
@@ -185,12 +186,10 @@ class Walk(nn.Module):
 
     def forward(self, ids):
         # Training only, so no cache and no padding: what attention may see is the causal triangle, always.
-        x, positions = self.model.embed_tokens(ids), torch.arange(ids.size(1))
-        rope = [llama3.rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, 1)] if self.rotary else []
-        if not self.rotary:
-            x = x + self.positions(positions)                                  # (B, T, C)
+        x = self.model.embed_tokens(ids)                                       # (B, T, C)
+        rope = llama3.rope_angles(torch.arange(ids.size(1)), self.cfg.head_size, self.cfg.rope_theta, 1)  # (T, D) each
         for layer in self.model.layers:
-            x = x + layer.attn(layer.norm1(x), *rope)                          # (B, T, C)
+            x = x + layer.attn(layer.norm1(x), rope)                           # (B, T, C)
             x = x + layer.mlp(layer.norm2(x))                                  # (B, T, C)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)    # (B, T, V)
 
@@ -219,6 +218,7 @@ def share_right(name, task, model, data):
         ids, _, targets = data
         guess = model.label(model.hidden(ids, ids != 0), ids != 0).argmax(-1)  # (R)
         return (guess == targets[:, 0]).float().mean().item()
+    # What is right must be right as a whole: a name with one wrong word is a wrong number.
     # Greedy decoding writes the whole answer rightly exactly if each token is the likeliest behind the right ones
     # before it. So one pass over the right answer tells, and nothing has to be written token by token.
     inputs, targets = data
@@ -307,8 +307,8 @@ def bag_of_words():
     # A bag is a list of word ids; 0 is in every bag, its weight is the bias.
     bags = [[[0, *{ids[word] for word in encoder_only.split_words(text) if word in ids}] for text, _ in part]
             for part in (train, test)]
-    y, y_test = (torch.tensor([label for _, label in part]) for part in (train, test))  # (R)
-    weight = torch.zeros(len(ids) + 1, 2, requires_grad=True)                  # (V, 2)
+    y, y_test = (torch.tensor([label for _, label in part]) for part in (train, test))
+    weight = torch.zeros(len(ids) + 1, 2, requires_grad=True)
 
     def scores(bags):  # the sum of a bag's weights, in one call for all bags
         starts = torch.tensor([0, *map(len, bags)]).cumsum(0)[:-1]             # (R)
@@ -334,7 +334,7 @@ def prepare(task, name, data):
     if task == "text":
         text, _ = decoder_only.load_text(data)
         tokenizer = decoder_only.make_tokenizer("char", "".join(sorted(set(text))))
-        ids, T = torch.tensor(tokenizer.encode(text)), TASKS["text"]["block_size"]  # (n)
+        ids, T = torch.tensor(tokenizer.encode(text)), TASKS["text"]["block_size"]
         # The last tenth is held out, in two pieces. Random windows would not do: neighbors share nearly all.
         train, choose, test = ids.tensor_split([int(0.9 * len(ids)), int(0.95 * len(ids))])
         rows = [decoder_only.text_rows(part, T, 1 if part is train else T) for part in (train, choose, test)]
@@ -459,6 +459,9 @@ def train_cells(cells, cfg, pool, bar):
     return [json.loads(path.read_text())["value"] for path in paths]
 
 
+# Trap: choosing the rate by the result that is reported. Somebody who tries ten rates on the test rows reports the
+# luckiest of ten.
+#
 # Q: Why do architectures want different learning rates?
 # A: A rate says how far a weight moves per step; what that does to the output depends on the path behind it. With the
 #    norm behind the sum (BERT's post-norm) gradients near the output are large at the start, and high rates throw the

@@ -83,10 +83,10 @@ def test_fit_width_finds_the_width(m):
 # --- the walk passes through the scripts' models ---------------------------------------------------------------------
 @pytest.mark.parametrize("step, script, model", [
     ("+ GQA = Llama 3", "llama3", "Llama"), ("+ QK-norm = Qwen3", "qwen3_moe", "Qwen3"),
-    ("+ experts = Qwen3 MoE", "qwen3_moe", "Qwen3"), ("GPT-2", "decoder_only", "GPT")])
+    ("+ experts = Qwen3 MoE", "qwen3_moe", "Qwen3")])
 def test_walk_passes_through_the_published_models(m, step, script, model):
     shape = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20)
-    modern = {} if script == "decoder_only" else dict(n_kv_head=2, ffn_size=40, tie_weights=True)
+    modern = dict(n_kv_head=2, ffn_size=40, tie_weights=True)
     if script == "qwen3_moe":
         modern |= dict(head_size=8, n_experts=4 if "experts" in step else 0)
     cfg = m.qwen3_moe.Config(**shape, n_kv_head=2, head_size=8, ffn_size=40, n_experts=4 if "experts" in step else 0)
@@ -110,22 +110,15 @@ def matched(wanted, walk):
     own = dict(walk.state_dict())
     out = []
     for name in wanted:
-        if "wte" in name or "embed_tokens" in name:
-            out.append(own["model.embed_tokens.weight"])
-        elif "wpe" in name:
-            out.append(own["positions.weight"])
-        elif ".h." in name or ".layers." in name:
-            layer, part = name.replace(".h.", ".layers.").split(".layers.")[1].split(".", 1)
-            for theirs, ours in (("ln_1", "norm1"), ("input_layernorm", "norm1"), ("ln_2", "norm2"),
-                                 ("post_attention_layernorm", "norm2"), ("self_attn", "attn")):
-                part = part.replace(theirs, ours)
-            out.append(own[f"model.layers.{layer}.{part}"])
-        else:
-            out.append(own["model.norm." + name.rsplit(".", 1)[1]])
+        for theirs, ours in (("input_layernorm", "norm1"), ("post_attention_layernorm", "norm2"),
+                             ("self_attn", "attn")):
+            name = name.replace(theirs, ours)
+        out.append(own[name])
     return out
 
 
 def test_walk_changes_one_thing_at_a_time_and_is_causal(m):
+    assert isinstance(made(m, "text", "GPT-2"), m.decoder_only.GPT)
     steps = list(m.WALK.values())
     assert all(after[:-1] == before for before, after in zip(steps, steps[1:], strict=False)) and steps[-1] == m.STEPS
     for name in m.WALK:
@@ -173,7 +166,7 @@ def test_share_right_counts_whole_answers(m, task, name):
 
 def test_bert_writes_blank_by_blank_and_judges_with_its_label(m):
     ids, segments, targets = m.names_rows("BERT", [42, 40215])
-    assert (targets == m.IGNORE).all() and segments.sum(1).tolist() == [10, 10]
+    assert (targets == m.toy_dataset.IGNORE).all() and segments.sum(1).tolist() == [10, 10]
     words = [m.toy_dataset.TOY_VOCAB[i] for i in ids[0].tolist()]
     assert words[:6] == ["[CLS]", "4", "2", "[SEP]", "forty", "two"] and words[6:14] == ["\n"] * 8
 
@@ -197,7 +190,7 @@ def test_blanks_are_a_random_number_of_the_ten_and_a_function_of_the_step(m):
     data = m.names_rows("BERT", [40215] * 400)
     noisy, segments, targets = m.draw_batch("names", "BERT", data, 400, 1, 1)
     hidden = noisy == m.toy_dataset.MASK
-    assert (hidden <= (segments == 1)).all() and torch.equal(hidden, targets != m.IGNORE)
+    assert (hidden <= (segments == 1)).all() and torch.equal(hidden, targets != m.toy_dataset.IGNORE)
     counts = hidden.sum(1)
     assert counts.min() <= 1 and counts.max() >= 9 and 4 < counts.float().mean() < 6
     again = m.draw_batch("names", "BERT", data, 400, 1, 1)[0]

@@ -229,7 +229,6 @@ def parse_claim(comment):
 
 class Tracer(ast.NodeTransformer):
     """Runs a script with every shape comment at the end of an assignment or a return turned into a check.
-
         q = self.q(x)      # (B, T, C)      ->      q = self.q(x); __shape__(q, 12, __dims__)
         return y           # (B, T, C)      ->      return __shape__(y, 14, __dims__)
     A letter is bound where a function first meets it and keeps its size until the function returns; in a loop, letters
@@ -329,13 +328,13 @@ def test_shape_comments(script, tmp_path, monkeypatch):
 
 def test_alone(script, tmp_path):
     """In an empty folder: importing is silent, and a run leaves what it promises below runs/<script>/, nothing else."""
-    arguments, promised = RUNS[script.stem]
     files = [shutil.copy(one.path, tmp_path) for one in SCRIPTS if one is script or script.stem in ORCHESTRATORS]
     code = f"import os, sys, {script.stem} as m; print(len(os.listdir())); m.main(m.parse_config(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-Bc", code, *arguments.split()], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-Bc", code, *RUNS[script.stem][0].split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"{len(files)}\n"), done.stdout + done.stderr
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*(Path(path).name for path in files), *(f"runs/{script.stem}/{name}" for name in promised)}
+    assert left == {*(Path(path).name for path in files), *(f"runs/{script.stem}/{name}" for name in RUNS[script.stem][1])}
 
 
 # --- can every rule fail? --------------------------------------------------------------------------------------------
