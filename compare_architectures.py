@@ -26,6 +26,7 @@ Asked    Equal parameters, work or time?   Why search rates for all?   When is a
     python compare_architectures.py --tasks match         one question
 """
 import argparse
+import ast
 import concurrent.futures
 import dataclasses
 import functools
@@ -429,6 +430,19 @@ def train_cell(cell):
 # written into a file, and compared with one that was written months ago. Equal dicts, equal results: nothing is trained
 # twice.
 #
+# The scripts' code is part of it: what an older script trained is trained again. After a change in this file, empty the
+# folder trainings/ by hand.
+@functools.cache
+def scripts_hash():
+    """SHA-256 of the scripts that are compared, without comments and docstrings."""
+    modules = (*SCRIPTS.values(), qwen3_moe, toy_dataset)
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
 # Processes and not threads: a seed, OpenMP's threads and the interpreter's lock belong to a process. spawn and not
 # fork: fork copies a process whose threads are not copied, and the copy waits for them for ever.
 def start_worker():
@@ -487,11 +501,7 @@ def search(cell, lower, cfg, pool, bar):
 def compare_model(task, name, cfg, pool, bar):
     """One model's part in one task: its search, then the reported seeds. -> {"rates", "lr", "values"}."""
     budget = TASKS[task] | (SHORT.get(task, {}) if cfg.quick else {})
-    # The scripts' code is part of it: what an older script trained is trained again. After a change in this file, empty
-    # the folder trainings/ by hand.
-    code = b"".join(Path(m.__file__).read_bytes() for m in (*SCRIPTS.values(), qwen3_moe, toy_dataset))
-    cell = budget | dict(task=task, model=name, data=cfg.data if task == "text" else task,
-                         code=hashlib.sha256(code).hexdigest())
+    cell = budget | dict(task=task, model=name, data=cfg.data if task == "text" else task, code=scripts_hash())
     rates = search(cell, task != "review", cfg, pool, bar)
     best = (max if task == "review" else min)(rates, key=rates.get)
     values = train_cells([cell | dict(lr=best, seed=seed, split="test") for seed in range(1, cfg.seeds + 1)],

@@ -800,7 +800,9 @@ def main(cfg):
     text = translate(model, tokenizer, [prompt], cfg, cfg.beams)[0]
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
         config=dataclasses.asdict(cfg), results=results, history=history, sample=f"{prompt} -> {text}", **history[-1])))
-    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {Path(cfg.data).name}".replace("$", r"\$"))
+    smoothed = f"\n(training with label smoothing {cfg.label_smoothing}, validation without)" * (cfg.label_smoothing > 0)
+    name = Path(cfg.data).name.replace("$", r"\$")
+    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {name}{smoothed}")
     plot_alignment(out / "attention.png", model, tokenizer, cfg, prompt, text)
     print(f"\n{prompt} -> {text}\n\nReached:", *(f"{k} {v:.4f}" for k, v in (history[-1] | results).items()),
           f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt="{prompt}"')

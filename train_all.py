@@ -333,9 +333,8 @@ def write_tensorboard(summaries, folder):
 # The same command refreshes the tables of README.md and docs/, and the line numbers of their links into the scripts.
 # It is done by benchmarks/publish.py, a file for whoever keeps this repository; no reader of a script needs it.
 #
-# Q: Why is publishing a flag of its own?
-# A: A pass with a reader's settings on a reader's machine is his result and not ours. If it rewrote results/ and
-#    README.md, a first try would look like a change of the project, and a quick pass would replace whole runs.
+# Publishing is a flag of its own because a pass on a reader's machine is his result and not ours. If it rewrote
+# results/ and README.md, a first try would look like a change of the project.
 def main(cfg):
     """Run what is not finished, draw the curves, publish if asked to. -> {name: what went wrong}; empty if all is well.
 

@@ -23,6 +23,9 @@ sys.path.insert(0, str(ROOT))
 from train_all import RUNS, Config, code_hash, plan  # noqa: E402
 
 
+ALSO_DRAWN = {"encoder_decoder:multi30k", "qwen3_moe:none"}
+
+
 def publish(jobs):
     """Runs of which every seed is finished -> results/<script>.json and pictures. The other runs there stay."""
     groups = {}
@@ -47,9 +50,10 @@ def publish(jobs):
         whole["runs"][run] = kept
         whole["environment"] = dict(cores=os.cpu_count(), python=platform.python_version(), system=platform.system())
         path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        middle = "" if run in ("default", "shakespeare", "numbers") else f"_{run}"
-        for picture in group[0].folder.glob("*.png"):
-            shutil.copy(picture, RESULTS / f"{script}{middle}_{picture.name}")
+        # Pictures of each script's first run, and of two others that docs/results.md shows beside them.
+        first = run == next(iter(RUNS[script]))
+        for picture in group[0].folder.glob("*.png") if first or f"{script}:{run}" in ALSO_DRAWN else ():
+            shutil.copy(picture, RESULTS / f"{script}{'' if first else f'_{run}'}_{picture.name}")
 
 
 def publish_pass(path):

@@ -1,217 +1,184 @@
-"""What README and headers quote is what results/*.json say, and these were reached by runs that pass the bounds."""
-import importlib.util
+"""What README, docs and headers say is what results/*.json say, and those were reached by runs that keep the bounds."""
+import hashlib
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 
 
 @pytest.fixture(scope="module")
-def record():
-    spec = importlib.util.spec_from_file_location("train_all", ROOT / "train_all.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_all"] = module  # its dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+def publish():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        patch.delitem(sys.modules, "train_all", raising=False)
+        yield load_script(ROOT / "benchmarks" / "publish.py")
 
 
-def test_readme_quotes_the_results(record):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert record.refresh_readme(text) == text, "README.md is stale: python train_all.py --readme"
+def runs(script, run="default"):
+    return json.loads((RESULTS / f"{script}.json").read_text(encoding="utf-8"))["runs"][run]
 
 
-@pytest.mark.parametrize("script", ["decoder_only", "encoder_only", "encoder_decoder", "llama3", "qwen3_moe",
-                                    "kv_cache", "flash_attention", "lora_qlora", "dpo", "ppo_grpo", "bpe_tokenizer",
-                                    "toy_dataset", "quick_start", "visualizations"])
-def test_header_quotes_the_results(record, script):
-    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    assert record.refresh_header(text, script, record.results(script)) == text, (
-        f"{script}.py is stale: python train_all.py --readme")
+def peers(name):
+    return json.loads((RESULTS / f"peers_{name}.json").read_text(encoding="utf-8"))["results"]
 
 
-@pytest.mark.parametrize("script, make", [("train_all", "own_expectation"),
-                                          ("compare_architectures", "comparison_expectation")])
-def test_other_headers_quote_the_results(record, script, make):
-    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    assert record.put_header(text, script, *getattr(record, make)()) == text, (
-        f"{script}.py is stale: python train_all.py --readme")
+# --- quoted = recorded -----------------------------------------------------------------------------------------------
+def test_headers_readme_and_docs_are_fresh(publish):
+    """Also fails when a script changes: its runs are then marked as older than the code."""
+    stale = [path.name for path in publish.texts() if publish.refreshed(path) != path.read_text(encoding="utf-8")]
+    assert not stale, f"{stale} are stale: python benchmarks/publish.py"
 
 
-def test_the_comparison_is_equal_and_searched(monkeypatch):
-    """What compare_architectures.py promises, on what is quoted: equal sizes, all rates, all seeds, nothing typed."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    spec = importlib.util.spec_from_file_location("compare_architectures", ROOT / "compare_architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_architectures", module)
-    spec.loader.exec_module(module)
-    cfg = module.Config()
-    for folder in ("results", "results/quick"):
-        kept = json.loads((ROOT / folder / "compare_architectures.json").read_text(encoding="utf-8"))
-        assert (ROOT / folder / "compare_architectures.md").read_text(encoding="utf-8") == module.markdown(
-            kept["tasks"], cfg)
-        for task, one in kept["tasks"].items():
-            assert {"cpu", "threads", "jobs", "python", "torch"} <= set(one["environment"])
-            sizes = {name: entry["tables"] + entry["rest"] for name, entry in one["models"].items()}
-            assert all(abs(size / sizes["GPT-2"] - 1) <= 0.05 for size in sizes.values()), (task, sizes)
-            assert one["table"] == module.table(task, one["models"], one["costs"])
-            assert one["conclusions"] == module.conclusions(task, one["models"], one["costs"], cfg)
-    kept = json.loads((ROOT / "results" / "compare_architectures.json").read_text(encoding="utf-8"))
-    assert list(kept["tasks"]) == [*module.TASKS, "ablate"]
-    for task, one in kept["tasks"].items():
-        for name, entry in one["models"].items():
-            # All tried the same first rates, and then further ones until the best had a neighbour on either side.
-            assert set(entry["by_rate"]) >= {f"{float(rate):g}" for rate in cfg.rates.split(",")}
-            rates = [float(rate) for rate in entry["by_rate"]]
-            assert min(rates) < entry["lr"] < max(rates) or len(rates) >= 8, (task, name)
-            both = (entry["values"], entry["second_half"])
-            assert cfg.seeds in map(len, both) and all(len(values) in (0, cfg.seeds) for values in both), (task, name)
-
-
-def test_a_stale_number_is_noticed(record):
+def test_a_stale_number_is_noticed(publish, tmp_path, monkeypatch):
     text = (ROOT / "decoder_only.py").read_text(encoding="utf-8")
-    changed = re.sub(r"(^Expect .*?)\d", r"\g<1>9", text, count=1, flags=re.M)
-    assert changed != text and record.refresh_header(changed, "decoder_only", record.results("decoder_only")) == text
+    wrong = re.sub(r"(^Expect .*?)\d", r"\g<1>9", text, count=1, flags=re.M)
+    (tmp_path / "decoder_only.py").write_text(wrong, encoding="utf-8")
+    assert publish.refreshed(tmp_path / "decoder_only.py") == text != wrong
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    (tmp_path / "results.md").write_text(page.replace("nanoGPT", "microGPT"), encoding="utf-8")
+    assert publish.refreshed(tmp_path / "results.md") == page
 
 
-def test_results_name_machine_and_seeds(record):
-    for script in record.RUNS:
-        kept = json.loads((ROOT / "results" / f"{script}.json").read_text(encoding="utf-8"))
-        assert {"cpu", "threads", "python", "torch"} <= set(kept["environment"])
-        assert set(kept["runs"]) == set(record.RUNS[script])
-        for what, (_, _, seeds) in record.RUNS[script].items():
-            assert [run["config"].get("seed") for run in kept["runs"][what]] == list(seeds), (script, what)
+def prose(path):
+    """What is typed by hand in a page: no generated blocks, no code, no links' targets."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", "", text, flags=re.S)
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^    .*$", "", text, flags=re.S | re.M)
+    return re.sub(r"^\d+\. \[.*$|^- \[.*$|^\| .* in \w+\.py \|$", "", text, flags=re.M)  # lists of links
 
 
-def test_the_quick_pass_was_run(record):
-    """As the table in train_all.py has it now: other arguments would make the README's table somebody else's."""
-    for script, (what, arguments) in record.QUICK_RUNS.items():
-        kept = json.loads((ROOT / "results" / "quick" / f"{script}.json").read_text(encoding="utf-8"))
-        assert {"cpu", "threads", "python", "torch"} <= set(kept["environment"])
-        (run,) = kept["runs"][what]
-        assert run["arguments"] == arguments and set(kept["runs"]) == {what}
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_no_measured_number_is_typed_by_hand(page):
+    """A figure with a decimal point or a unit of measurement stands in a generated block, or nowhere."""
+    text = prose(ROOT / page)
+    typed = re.findall(r"\b\d+\.\d+\b(?! or newer)|\b\d[\d,]*(?= (?:%|s|ms|seconds|nats|tokens|MB/s|times|x)\b)", text)
+    assert not typed, f"{page}: {typed} should come from results/"
 
 
-@pytest.mark.parametrize("script, what, preset", [
-    ("decoder_only", "shakespeare", "laptop"), ("decoder_only", "numbers", "numbers"),
-    ("encoder_only", "numbers", "laptop"), ("encoder_decoder", "numbers", "laptop"),
-    ("encoder_decoder", "multi30k", "multi30k"), ("llama3", "shakespeare", "laptop"), ("llama3", "numbers", "numbers"),
-    ("qwen3_moe", "shakespeare", "laptop"), ("kv_cache", "numbers", "laptop"), ("kv_cache", "125m", "125m"),
-    ("flash_attention", "shakespeare", "laptop"), ("lora_qlora", "numbers", "laptop"),
-    ("dpo", "numbers", "laptop"), ("ppo_grpo", "numbers", "laptop")])
-def test_recorded_runs_are_of_these_defaults(record, script, what, preset):
-    """A default that changed since the measurement makes the quoted figure somebody else's."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script] = module
-    spec.loader.exec_module(module)
-    now = vars(module.Config(**module.PRESETS[preset]))
-    # What the data decides, and what 0 stands for, is filled in when a run begins.
-    filled_in = {"data", "seed", "vocab_size", "mask_id", "head_size", "ffn_size", "method"}
-    for run in record.results(script)[what]:
-        for name, value in run["config"].items():
-            assert name in filled_in or now[name] == value, name
+def test_that_rule_can_fail(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("It takes 90 s and reaches 1.71.\n<!-- begin X -->\n2.5\n<!-- end X -->\n`3.5` [x](y.py#L4.5)\n")
+    found = re.findall(r"\b\d+\.\d+\b|\b\d[\d,]*(?= (?:s|%)\b)", prose(page))
+    assert found == ["90", "1.71"]
 
 
-def test_bounds(record):
-    """The bounds of the contract, on what was recorded: whole validation split, several seeds."""
-    runs = record.results("decoder_only")
-    assert all(run["val_loss"] <= 1.78 and run["params"] == 809_856 for run in runs["shakespeare"])
-    assert all(run["results"]["exact_match"] >= 0.99 for run in runs["numbers"])
-    runs = record.results("encoder_only")["numbers"]
-    assert len(runs) == 3
-    for run in runs:
-        got = run["results"]
-        assert min(got["cloze_accuracy_digits"], got["cloze_accuracy_words"], got["match_accuracy"]) >= 0.99
-        assert got["all_hidden_tokens"] <= got["all_hidden_ceiling"] + 0.01 and got["one_half_reader"] < 0.2
-        assert run["floor"] < run["val_loss"]
-    runs = record.results("encoder_decoder")["numbers"]
-    assert len(runs) == 3 and all(run["seconds"] <= 60 for run in runs)
-    assert all(run["results"]["exact_match"] == 1.0 and run["results"]["exact_match_stress"] >= 0.999 for run in runs)
-    real = record.results("encoder_decoder")["multi30k"][0]["results"]
-    for kind in ("greedy", "beam"):
-        assert real[f"bleu_{kind}"] == pytest.approx(real[f"sacrebleu_{kind}"], abs=1e-6)
-    gpt = record.results("decoder_only")["shakespeare"][0]
-    runs = record.results("llama3")
-    for run in runs["shakespeare"]:
-        assert run["val_loss"] <= 1.72 and abs(run["params"] / gpt["params"] - 1) <= 0.02
-        for name in ("max_steps", "batch_size", "block_size", "grad_accum"):
-            assert run["config"][name] == gpt["config"][name]
-    assert all(run["results"]["exact_match"] >= 0.99 for run in runs["numbers"])
-    search = json.loads((ROOT / "results" / "lr_search.json").read_text())["scripts"]
-    assert search["llama3"]["best"] < search["decoder_only"]["best"] - 0.02
-    assert set(search["llama3"]["val_loss"]) == set(search["decoder_only"]["val_loss"])
-    runs = record.results("qwen3_moe")
-    assert all(run["results"]["expert_load_cv"] < 0.2 for run in runs["shakespeare"])
-    runs = record.results("qwen3_moe")
-    assert runs["none"][0]["results"]["expert_load_cv"] > 2 * runs["shakespeare"][0]["results"]["expert_load_cv"]
-    runs = record.results("kv_cache")
-    assert set(runs["numbers"][0]["results"]["exact_match"].values()) == {1.0}
-    for what in ("numbers", "125m"):
-        ladder = runs[what][0]["results"]["ladder"]
-        assert all(ladder[rung]["same_tokens"] for rung in ("none", "growing", "static", "gqa", "compiled"))
-    rounding = runs["text"][0]["results"]["rounding"]
-    exact = rounding["gqa"]["perplexity"]
-    assert rounding["int8"]["logit_error"] < 0.02 and rounding["int8-cache"]["logit_error"] < 0.02
-    assert abs(rounding["int8-cache"]["perplexity"] / exact - 1) < 0.005
-    rungs = json.loads((ROOT / "results" / "peers_kv_cache.json").read_text())["results"]["rungs"]
-    assert rungs["compiled"]["times_faster_than_transformers"] >= 2.3
-    assert rungs["compiled"]["bandwidth_fraction"] >= 0.7 and rungs["compiled"]["same_tokens"]
-    assert rungs["int8"]["times_faster_than_transformers"] >= 6.5
-    runs = record.results("flash_attention")
-    got = runs["shakespeare"][0]["results"]
-    for length in ("2048", "4096", "8192"):
-        assert got["milliseconds"]["tiled"][length] <= 1.5 * got["milliseconds"]["naive"][length]
-    peaks = got["peak_mb"]
-    assert peaks["tiled"]["8192"] <= peaks["naive"]["8192"] / 20
-    assert peaks["tiled"]["16384"] < 2.5 * peaks["tiled"]["8192"]
-    assert got["in_2_gib"]["naive"]["fails"] == got["in_2_gib"]["tiled"]["passes"] == 16384
-    assert abs(runs["shakespeare"][0]["val_loss"] - runs["naive"][0]["val_loss"]) < 0.02
-    runs = record.results("lora_qlora")["numbers"]
-    assert len(runs) == 3
-    for run in runs:
-        loss, trained = run["results"]["val_loss"], run["results"]["trainable_parameters"]
-        assert loss["lora"] <= 1.02 * loss["full"] and loss["qlora"] <= 1.04 * loss["full"]
-        assert trained["lora"] == trained["qlora"] <= 0.05 * trained["full"] and trained["full"] == run["params"]
-    for step in json.loads((ROOT / "results" / "peers_lora_qlora.json").read_text())["results"]["step"]:
-        assert step["width"] >= 512 and step["tokens"] >= 1024
-        assert step["lora_to_full"] <= 0.8 and step["lora_to_peft"] <= 1
-    runs = record.results("dpo")["numbers"]
-    assert len(runs) == 5
-    for run in runs:
-        preferred, correct = run["results"]["preferred_rate"], run["results"]["correct_rate"]
-        assert preferred["after"] >= 0.95 and correct["after"] >= 0.98 * correct["before"]
-        assert preferred["after"] > preferred["control"] + 0.3 and run["results"]["dpo_seconds"] <= 60
-    assert json.loads((ROOT / "results" / "peers_dpo.json").read_text())["results"]["time_ratio"] <= 0.8
-    runs = record.results("ppo_grpo")["numbers"]
-    assert len(runs) == 5
-    for run in runs:
-        for accuracy in (run["results"]["accuracy"], run["results"]["accuracy_greedy"]):
-            assert accuracy["sft"] <= 0.4 and min(accuracy["ppo"], accuracy["grpo"]) >= 0.95
-        assert max(run["results"]["method_seconds"].values()) <= 60
-
-
-def test_advice_names_what_exists():
-    """Functions and flags that the README's troubleshooting table names."""
+def test_readme_fits(publish):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    advice = text[text.index("## When something goes wrong"):text.index("## Concept index")]
-    scripts = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    names = re.findall(r"`([a-z_]+)`", advice)
-    assert {"fetch", "import_weights", "half_split", "read_checkpoint"} <= set(names)
-    for name in set(names) - {"mps", "transformers"}:
-        assert f"def {name}(" in scripts, name
-    for flag in re.findall(r"`--([a-z-]+)", advice):
-        assert flag == "help" or f"\n    {flag.replace('-', '_')}: " in scripts, flag
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2500
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 60
 
 
-def test_pictures_and_links_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    # A line that is linked to is a question, or the definition that a concept is explained by.
-    for target in re.findall(r"\]\(([^)#]+)(?:#L(\d+))?\)", text):
-        assert (ROOT / target[0]).exists(), target
-        if target[1]:
-            line = (ROOT / target[0]).read_text(encoding="utf-8").splitlines()[int(target[1]) - 1]
-            assert line.strip().startswith(("# Q:", "def ", "class ")), target
+def test_every_question_is_in_the_index_once(publish):
+    text = (ROOT / "docs" / "interview.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\[((?:[^][]|\[[^][]*\])+)\]\(\.\./", text)
+    asked = {question for path in ROOT.glob("*.py") for _, question in publish.questions(path.name)}
+    assert set(listed) == asked and len(listed) == len(asked)
+    first = text[:text.index("## The rest")]
+    assert len(re.findall(r"^\d+\. \[", first, re.M)) == 40
+
+
+def test_links_and_pictures_are_there_and_no_picture_is_twice(publish):
+    linked = set()
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                    for line in text.split("\n") if line.startswith("#")}
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            assert path.exists(), f"{page.name}: {target}"
+            linked.add(path)
+            if anchor and path.suffix == ".md" and path == page:
+                assert anchor in headings, f"{page.name}: {target}"
+    pictures = sorted(RESULTS.rglob("*.png"))
+    assert not [path.name for path in pictures if path not in linked], "pictures that no page shows"
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+    assert len(set(contents)) == len(contents)
+
+
+# --- recorded = run --------------------------------------------------------------------------------------------------
+def test_published_runs_are_those_of_the_list(publish):
+    """Arguments and seeds as train_all.py has them. Runs on other machines (h200 ...) are beside them, and named so."""
+    for script, named in publish.RUNS.items():
+        kept = json.loads((RESULTS / f"{script}.json").read_text(encoding="utf-8"))["runs"]
+        assert {run for run in kept if not run.startswith("h200")} == set(named), script
+        for run, (arguments, seeds) in named.items():
+            for seed, one in zip(seeds, kept[run], strict=True):
+                flags = [] if seed is None else ["--seed", str(seed)]
+                assert one["arguments"] == arguments.split() + flags and len(one["code"]) == 64, (script, run)
+
+
+def test_bounds():
+    """The bounds of the plan on what was recorded."""
+    assert all(run["val_loss"] <= 1.78 for run in runs("decoder_only", "shakespeare"))
+    for run in runs("encoder_only"):
+        assert min(run["results"]["cloze_accuracy"], run["results"]["match_accuracy"]) >= 0.99
+    assert all(min(run["results"].values()) >= 0.99 for run in runs("encoder_decoder"))
+    assert runs("encoder_decoder", "multi30k")[0]["results"]["bleu_beam"] >= 37
+    decoder, llama = ([run["val_loss"] for run in runs(name, "shakespeare")] for name in ("decoder_only", "llama3"))
+    assert max(llama) < min(decoder)
+    for run in runs("qwen3_moe", "shakespeare"):
+        assert run["results"]["expert_load_cv"] < 0.2 < runs("qwen3_moe", "none")[0]["results"]["expert_load_cv"]
+    speed = runs("kv_cache", "125m")[0]["results"]["tokens_per_second"]
+    assert all(speed["none"][n] < speed["growing"][n] < speed["compiled"][n] < speed["int8"][n] for n in speed["none"])
+    flash = runs("flash_attention", "shakespeare")[0]["results"]
+    assert flash["milliseconds"]["tiled"]["8192"] < 0.5 * flash["milliseconds"]["naive"]["8192"]
+    assert flash["peak_mb"]["tiled"]["8192"] <= flash["peak_mb"]["naive"]["8192"] / 20
+    assert abs(flash["val_loss"]["tiled"] - flash["val_loss"]["naive"]) < 0.02
+    lora = [run["results"] for run in runs("lora_qlora", "numbers")]
+    for method, most in (("lora", 1.02), ("qlora", 1.04)):  # on average: in one seed of three LoRA is at 1.07
+        assert sum(one["val_loss"][method] / one["val_loss"]["full"] for one in lora) / 3 <= most
+    assert all(one["trainable_parameters"]["lora"] <= 0.05 * one["trainable_parameters"]["full"] for one in lora)
+    dpo = [run["results"] for run in runs("dpo", "numbers")]
+    assert len(dpo) == 5 and sum(one["preferred_rate"]["after"] for one in dpo) / 5 >= 0.90
+    assert all(one["preferred_rate"]["after"] > one["preferred_rate"]["control"] + 0.3 for one in dpo)
+    assert sum(one["correct_rate"]["after"] / one["correct_rate"]["before"] for one in dpo) / 5 >= 0.97
+    for run in runs("ppo_grpo"):
+        accuracy = run["results"]["accuracy"]
+        assert accuracy["sft"] <= 0.4 and min(accuracy["ppo"], accuracy["grpo"]) >= 0.95
+    assert peers("decoder_only")["training_step"]["time_ratio_ours_to_nanogpt"] <= 1.05
+    assert peers("decoder_only")["generation"]["times_faster_than_transformers"] > 1
+    assert all(step["lora_to_full"] <= 0.85 and step["lora_to_peft"] <= 1 for step in peers("lora_qlora")["step"])
+    assert peers("dpo")["time_ratio"] <= 0.8
+
+
+def test_the_comparison_is_searched_and_tested(publish):
+    """Every best rate has neighbors on both sides that did worse, every model five seeds, and sentences follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        compare = load_script(ROOT / "compare_architectures.py")
+    (full,), (quick,) = runs("compare_architectures"), runs("compare_architectures", "quick")
+    assert list(full["results"]) == list(compare.TASKS) and list(quick["results"]) == list(compare.SHORT)
+    for one in (full, quick):
+        for task, found in one["results"].items():
+            values = {name: model["values"] for name, model in found.items()}
+            assert compare.conclude(task, values) == one["conclusions"][task] and one["conclusions"][task] in one[
+                "markdown"]
+    for task, found in full["results"].items():
+        for name, model in found.items():
+            rates = [float(rate) for rate in model["rates"]]
+            assert len(model["values"]) == 5
+            assert name == "bag of words" or min(rates) < model["lr"] < max(rates) or len(rates) == 8, (task, name)
+    assert "bag of words" in full["results"]["review"]
+
+
+def test_quick_and_full_comparison_do_not_contradict_each_other():
+    """Whatever is certain in both points the same way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        compare = load_script(ROOT / "compare_architectures.py")
+
+    def claims(found, task):
+        values = {name: model["values"] for name, model in found.items()}
+        names = list(values)
+        pairs = list(zip(names, names[1:], strict=False)) if task == "text" else [
+            (a, b) for i, a in enumerate(names) for b in names[i + 1:]]
+        return {(a, b) if sum(values[a]) < sum(values[b]) else (b, a) for a, b in compare.certain(values, pairs)}
+    (full,), (quick,) = runs("compare_architectures"), runs("compare_architectures", "quick")
+    for task in quick["results"]:
+        long, short = claims(full["results"][task], task), claims(quick["results"][task], task)
+        assert long and not {(b, a) for a, b in long} & short, task
