@@ -26,7 +26,6 @@ Asked    Equal parameters, work or time?   Why search rates for all?   When is a
     python compare_architectures.py --tasks match         one question
 """
 import argparse
-import ast
 import concurrent.futures
 import dataclasses
 import functools
@@ -435,6 +434,7 @@ def train_cell(cell):
 @functools.cache
 def scripts_hash():
     """SHA-256 of the scripts that are compared, without comments and docstrings."""
+    import ast
     modules = (*SCRIPTS.values(), qwen3_moe, toy_dataset)
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     for node in (node for tree in trees for node in ast.walk(tree)):
@@ -456,7 +456,10 @@ def start_worker():
 
 
 def train_cells(cells, cfg, pool, bar):
-    """-> values of the cells. What was trained before, with the same settings and code, is read from cfg.out."""
+    """-> values of the cells. What was trained before, with the same settings and code, is read from cfg.out.
+
+    Waits for all of them; each is written down as soon as it is there, so that Ctrl-C loses what is under way alone.
+    """
     folder = Path(cfg.out, "trainings")
     paths = [folder / (hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:24] + ".json")
              for cell in cells]

@@ -794,15 +794,13 @@ def main(cfg):
     history = train(model, cfg, train_data, val_data, (tokenizer.to_str(),), state, lambda: tqdm.write(
         f"            {prompt} -> {translate(model, tokenizer, [prompt], cfg, 1)[0]}"))
     for name, beams, pairs in tests:
-        sources, references = zip(*pairs, strict=True)
-        ours = translate(model, tokenizer, sources, cfg, beams)
+        ours, references = translate(model, tokenizer, [s for s, _ in pairs], cfg, beams), [t for _, t in pairs]
         results[name] = bleu(ours, references) if "bleu" in name else sum(map(str.__eq__, ours, references)) / len(ours)
     text = translate(model, tokenizer, [prompt], cfg, cfg.beams)[0]
     (out / "summary.json").write_text(encoding="utf-8", data=json.dumps(dict(
         config=dataclasses.asdict(cfg), results=results, history=history, sample=f"{prompt} -> {text}", **history[-1])))
-    smoothed = f"\n(training with label smoothing {cfg.label_smoothing}, validation without)" * (cfg.label_smoothing > 0)
-    name = Path(cfg.data).name.replace("$", r"\$")
-    plot_curve(out / "curve.png", history, f"{Path(__file__).name} on {name}{smoothed}")
+    title = f"{Path(__file__).name} on {Path(cfg.data).name}, label smoothing {cfg.label_smoothing} in training"
+    plot_curve(out / "curve.png", history, title.replace("$", r"\$"))
     plot_alignment(out / "attention.png", model, tokenizer, cfg, prompt, text)
     print(f"\n{prompt} -> {text}\n\nReached:", *(f"{k} {v:.4f}" for k, v in (history[-1] | results).items()),
           f'\nsee {out}\nNext:    "{sys.executable}" "{__file__}" --load "{out}" --prompt="{prompt}"')
