@@ -76,7 +76,7 @@ TASKS = {
     "names": dict(n_layer=2, n_embd=64, block_size=20, rows=64, steps=1500, wanted=0.95),
     "match": dict(n_layer=2, n_embd=64, block_size=20, rows=64, steps=2500, wanted=0.95),
     "review": dict(n_layer=2, n_embd=64, block_size=40, rows=64, steps=300),
-    "text": dict(n_layer=3, n_embd=96, block_size=64, rows=16, steps=800),
+    "text": dict(n_layer=3, n_embd=96, block_size=64, rows=16, steps=500),
 }
 SHORT = dict(names=dict(steps=800), text=dict(steps=250))
 SEARCH_SEED = 101  # never one of those that are reported

@@ -209,8 +209,11 @@ def run(job, threads, show):
 
     show(text): called with the line that the script printed last, the one that says how far it is.
     """
-    shutil.rmtree(job.folder, ignore_errors=True)  # half a run is run again from the start: minutes, and always right
-    job.folder.mkdir(parents=True)
+    # Half a run is run again from the start: minutes, and always right. compare_architectures.py, which takes an hour,
+    # knows by itself what is finished.
+    if job.script != "compare_architectures":
+        shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     start, last = time.perf_counter(), ""
     # A session of its own: Ctrl-C in the terminal reaches this program alone, which then ends its children. Its output
     # is a pipe: if this program is killed, the children fail with their next line and none is left behind.

@@ -22,7 +22,6 @@ RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 from train_all import RUNS, Config, code_hash, plan  # noqa: E402
 
-
 ALSO_DRAWN = {"encoder_decoder:multi30k", "qwen3_moe:none"}
 
 

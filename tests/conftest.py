@@ -39,6 +39,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # With several processes (-n 2 --dist loadgroup) a file stays in one, which loads its script once. The house tests
+    # are many and have nothing in common: they go wherever there is time.
+    for item in items:
+        if item.path.stem != "test_house":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     # Skipped rather than deselected: the summary then says that they exist and how to run them.
     if "slow" in config.getoption("markexpr"):
         return
