@@ -451,8 +451,7 @@ def start_worker():
     import signal
     import threading
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def train_cells(cells, cfg, pool, bar):
@@ -548,13 +547,12 @@ def costs(task, names, data):
 def p_value(differences):
     """Two-sided p of a t test on n paired differences (Student 1908)."""
     n, mean = len(differences), sum(differences) / len(differences)
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    if spread == 0:
-        return float(mean == 0)
+    # Differences without any spread, as between baselines that need no seed: certain, unless they are 0.
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) or 1e-300
     # The share of Student's density beyond t. With x = sqrt(n-1) tan(angle) it is an integral of cos(angle)^(n-2).
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
     density, t = angle.cos() ** (n - 2), abs(mean) / spread
-    return (density[angle > math.atan(t / math.sqrt(n - 1))].sum() / density.sum()).item()
+    return (density[angle >= math.atan(t / math.sqrt(n - 1))].sum() / density.sum()).item()
 
 
 # Holm asks the pairs in the order of their p. In the walk only neighbors are asked, 6 pairs and not 21: with fewer
@@ -615,7 +613,7 @@ ASKED = {  # task: the question, what is reported, its format
 #     mean of seeds         on rows that neither training nor the choice of the rate has seen
 #     rate                  the learning rate that was best for this model
 def markdown(task, found, prices, steps):
-    """One task's table and what follows from it. A model that never got there is counted with the last step."""
+    """One task's table. A seed that never got there is counted with the last step, and named."""
     question, unit, form = ASKED[task]
     lines = [f"**{question}** {unit[0].upper() + unit[1:]}; at most {steps:,} steps of {TASKS[task]['rows']} rows.", "",
              "| model | parameters | MFLOP per row | ms per step | mean of seeds (least to largest) | rate |",
@@ -623,8 +621,9 @@ def markdown(task, found, prices, steps):
     for name, one in found.items():
         price = "{:,} | {:.2f} | {:.0f}".format(*prices[name]) if name in prices else "- | - | -"
         got = one["values"]
-        lines.append(f"| {name} | {price} | {sum(got) / len(got):{form}} ({min(got):{form}} to {max(got):{form}}) | "
-                     f"{one['lr'] or '-'} |")
+        never = f", {got.count(steps)} of {len(got)} never" if steps in got else ""
+        lines.append(f"| {name} | {price} | {sum(got) / len(got):{form}} ({min(got):{form}} to {max(got):{form}}"
+                     f"{never}) | {one['lr'] or '-'} |")
     return "\n".join(lines)
 
 
