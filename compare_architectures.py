@@ -21,7 +21,7 @@ Expect   nothing yet
 Asked    Equal parameters, work or time?   Why search rates for all?   When is a difference a difference?   Why has BERT
          no bits per byte?   What do you ask before you believe a table?   Why are FLOPs no times?   (grep "# Q:")
 
-    python compare_architectures.py                       all four questions; killed, it goes on where it was
+    python compare_architectures.py                       all four: 225 trainings, counted as they are planned
     python compare_architectures.py --quick               names and text, shortened: minutes
     python compare_architectures.py --tasks match         one question
 """
@@ -64,7 +64,7 @@ class Config:
 
 
 PRESETS = {"default": {}}
-# All are fresh: no model of this size has been published, and a pre-trained one would be compared for its training. One
+# All are fresh: no model of this size has been published, and a pre-trained one would win by its training. One
 # script holds the dense Qwen3 and its mixture (4 experts, of which a token visits 2).
 MODELS = ("BERT", "GPT-2", "T5", "Llama 3", "Qwen3", "Qwen3 MoE")
 # All models of a task get these. Equal rows are equal tokens read: a row holds the same text in every form. The small
@@ -83,7 +83,7 @@ SEARCH_SEED = 101  # never one of those that are reported
 SST2 = "https://github.com/clairett/pytorch-sentiment-classification (data/SST2, train.tsv and dev.tsv)"
 
 
-# What one would expect before anything is measured. Compare it with what comes out; where it differs, learn.
+# What one would expect before anything is measured. Compare it with what comes out.
 #     names     A decoder reads "40215=" from the left, and has seen all digits when it writes the first word. T5 has
 #               separate weights for reading and writing, half as many for each. BERT must agree with itself: ten blanks
 #               are guessed, and words that are likely alone need not fit together.
@@ -136,7 +136,7 @@ def make_model(name, shape):
     return build(8 if name in WALK and "swiglu" not in changes else fit_width(build, parameters(gpt)))
 
 
-# The walk. GPT-2 and Qwen3 MoE differ in six ways; to see what each is worth, take one at a time. The parts are those
+# The walk. From GPT-2 to Qwen3 MoE in six steps; biases go with their part, eps is 1e-5 throughout. The parts are those
 # of the scripts: the first model is decoder_only.py's GPT itself, what stands after "gqa" is llama3.py's Llama (tied,
 # as in its small sizes), after "qk" Qwen3, after "moe" its mixture.
 #     rope     learned positions -> rotations of q and k     Su et al. 2021           and attention loses its biases
@@ -278,7 +278,7 @@ def judge_rows(name, ids, yes, V):
 def toy_numbers():
     """-> numbers to train on, to choose rates by, to test on: no held-out one in training, none in both others."""
     held = list(dict.fromkeys(toy_dataset.draw_numbers(4_000, 8, True)))
-    return toy_dataset.draw_numbers(60_000, 1337, False), held[:500], held[500:1500]
+    return toy_dataset.draw_numbers(60_000, 1337, False), held[:500], held[500:1000]
 
 
 # SST-2's dev set is kept for the end. A tenth of the training sentences, by the hash of their text, is what rates are
@@ -316,12 +316,11 @@ def bag_of_words():
 
     # The loss is convex: one minimum, no luck, no learning rate. Penalty 1/2 |w|^2. L-BFGS takes all rows at once.
     def closure():
-        optimizer.zero_grad()
+        weight.grad = None
         loss = F.cross_entropy(scores(bags[0]), y, reduction="sum") + 0.5 * weight.square().sum()
         loss.backward()
         return loss
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
-    optimizer.step(closure)
+    torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe").step(closure)
     return (scores(bags[1]).argmax(1) == y_test).float().mean().item()
 
 
@@ -357,7 +356,7 @@ def prepare(task, name, data):
 # The scripts' recipes are tuned for their own tasks. Here no model may have a better-tuned one than another, so all get
 # the same, and the one number that matters most and differs most, the learning rate, is searched for each.
 def draw_batch(task, name, data, rows, seed, step):
-    """decoder_only.py's batch, and for BERT as a writer fresh blanks: a random number of the ten, from one to all.
+    """decoder_only.py's batch, and for BERT as a writer fresh blanks: a random share of the ten, from none to all.
 
     Trap: 15 %, as in pre-training. The first pass then sees ten blanks, which training never showed (Ghazvininejad et
     al. 2019, arXiv 1904.09324, section 3).
@@ -383,7 +382,7 @@ def quality(task, name, model, rows, bytes_per_token):
     return loss / rows[1].numel() / math.log(2) / bytes_per_token
 
 
-# What a finished training leaves is one number: the model itself is thrown away, 200 of them would be nobody's use.
+# What a finished training leaves is one number; its model is thrown away.
 def begin(task, name, seed, data):
     """-> (fresh model of the task's size, the loss of its script)."""
     shape = {key: TASKS[task][key] for key in ("n_layer", "n_embd", "block_size")}
@@ -393,7 +392,7 @@ def begin(task, name, seed, data):
 
 
 def train_cell(cell):
-    """One training: cell is a dict of all that decides its result. -> what is reported, lower or higher is better.
+    """One training, called a cell: a dict of all settings that decide its result. -> what is reported.
 
     Toy tasks: the step at which the wanted share was right for the first time, looked at every 25 steps; the constant
     learning rate makes steps comparable. Other tasks: the measure after all steps, the rate having fallen to 0.
@@ -402,8 +401,7 @@ def train_cell(cell):
     task, name, seed, steps = cell["task"], cell["model"], cell["seed"], cell["steps"]
     (train, *held), _, bytes_per_token = prepare(task, name, cell["data"])
     wanted = TASKS[task].get("wanted")
-    # The toy tasks are looked at often: 500 rows do.
-    rows = tuple(part[:500 if wanted else None] for part in held[cell["split"] == "test"])
+    rows = held[cell["split"] == "test"]
     model, loss_fn = begin(task, name, seed, cell["data"])
     # Seed and step decide weights and batches, so that under one seed all models see the same rows in the same order.
     # One recipe for all: AdamW, clipping at 1, warm-up over 50 steps, then constant or half a cosine down to 0.
@@ -489,7 +487,7 @@ def train_cells(cells, cfg, pool, bar):
 #    Whoever tunes the own model and takes the other's rate from a paper measures the tuning. Here everybody tries the
 #    same rates, on a seed and rows that are not reported; an optimum counts when a lower and a higher rate did worse.
 def search(cell, lower, cfg, pool, bar):
-    """-> {rate: what it reached} for one model, widened until the best rate is no longer at an edge."""
+    """-> ({rate: what it reached}, the best). While the best is at an edge the search goes on, up to 8 rates."""
     rates, found = [float(rate) for rate in cfg.rates.split(",")][:2 if cfg.quick else None], {}
     while rates:
         values = train_cells([cell | dict(lr=rate, seed=SEARCH_SEED, split="choose") for rate in rates], cfg, pool, bar)
@@ -497,15 +495,14 @@ def search(cell, lower, cfg, pool, bar):
         best = (min if lower else max)(found, key=found.get)
         edge = {min(found): 1 / 2.4, max(found): 2.4}.get(best)
         rates = [float(f"{best * edge:.2g}")] if edge and not cfg.quick and len(found) < 8 else []
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), best
 
 
 def compare_model(task, name, cfg, pool, bar):
     """One model's part in one task: its search, then the reported seeds. -> {"rates", "lr", "values"}."""
     budget = TASKS[task] | (SHORT.get(task, {}) if cfg.quick else {})
     cell = budget | dict(task=task, model=name, data=cfg.data if task == "text" else task, code=scripts_hash())
-    rates = search(cell, task != "review", cfg, pool, bar)
-    best = (max if task == "review" else min)(rates, key=rates.get)
+    rates, best = search(cell, task != "review", cfg, pool, bar)
     values = train_cells([cell | dict(lr=best, seed=seed, split="test") for seed in range(1, cfg.seeds + 1)],
                          cfg, pool, bar)
     return dict(rates=rates, lr=best, values=values)
@@ -541,13 +538,14 @@ def costs(task, names, data):
 
 # Q: When is a difference a difference?
 # A: When it is larger than what another seed does. All models see the same batches under one seed, so differences are
-#    taken seed by seed, and a t test asks whether their mean could be 0. Of 15 pairs of models one in 20 would look
-#    different by luck, hence Holm's correction: the smallest p must be below 0.05 / 15, the next below 0.05 / 14 ...
+#    taken seed by seed, and a t test asks whether their mean could be 0. Six models make 15 pairs, of which one in 20
+#    looks different by luck, hence Holm's correction: the smallest p must be below 0.05 / 15, the next 0.05 / 14 ...
 #    Trap: calling models level whose ranges over seeds touch. More seeds then find fewer differences.
 def p_value(differences):
     """Two-sided p of a t test on n paired differences (Student 1908)."""
     n, mean = len(differences), sum(differences) / len(differences)
-    # Differences without any spread, as between baselines that need no seed: certain, unless they are 0.
+    # Without any spread a difference counts as certain, unless it is 0. Two limits: steps are read every 25, so with
+    # few seeds equal differences can be chance; and a seed that stopped at the last step would have needed more.
     spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) or 1e-300
     # The share of Student's density beyond t. With x = sqrt(n-1) tan(angle) it is an integral of cos(angle)^(n-2).
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
@@ -621,7 +619,7 @@ def markdown(task, found, prices, steps):
     for name, one in found.items():
         price = "{:,} | {:.2f} | {:.0f}".format(*prices[name]) if name in prices else "- | - | -"
         got = one["values"]
-        never = f", {got.count(steps)} of {len(got)} never" if steps in got else ""
+        never = f", {got.count(steps)} of {len(got)} at the last step or never" if steps in got else ""
         lines.append(f"| {name} | {price} | {sum(got) / len(got):{form}} ({min(got):{form}} to {max(got):{form}}"
                      f"{never}) | {one['lr'] or '-'} |")
     return "\n".join(lines)
@@ -636,27 +634,26 @@ def draw_seeds(tasks, path):
         # No bars from 0 and no mean with whiskers: five dots say all there is.
         for y, one in enumerate(found.values()):
             ax.plot(one["values"], [y] * len(one["values"]), "o", color="C0", alpha=0.6)
-            ax.plot([sum(one["values"]) / len(one["values"])], [y], "|", color="black", ms=16)
         ax.set_yticks(range(len(found)), found)
-        ax.set(title=ASKED[task][0], xlabel=f"{ASKED[task][1]} ({'more' if task == 'review' else 'less'} is better)")
-        ax.invert_yaxis()
+        ax.set(title=ASKED[task][0], ylim=(len(found) - 0.5, -0.5),
+               xlabel=f"{ASKED[task][1]} ({'more' if task == 'review' else 'less'} is better)")
     figure.savefig(path, dpi=90)
 
 
 def main(cfg):
     """Train, measure, conclude. -> {task: {model: {"values", "lr", "rates"}}}."""
     import multiprocessing
-    # What is wrong in the command should be said now and not after half an hour of training.
     start, tasks = time.perf_counter(), [task for task in TASKS if task in cfg.tasks.split(",")]
-    if unknown := set(cfg.tasks.split(",")) - set(TASKS):
-        raise ValueError(f"--tasks: there is no {sorted(unknown)[0]!r}; there are {', '.join(TASKS)}")
     # Quick: the same code and sizes, fewer steps, rates and seeds, so fewer differences are certain.
     if cfg.quick:
         tasks, cfg = [task for task in tasks if task in SHORT], dataclasses.replace(cfg, seeds=min(3, cfg.seeds))
     # A question whose data cannot be had is left out and named; the others are answered all the same.
-    if "review" in tasks and not Path(os.environ.get("LLM_DATA", "data"), "sst2.train.tsv").is_file():
+    if "review" in tasks and len(list(Path(os.environ.get("LLM_DATA", "data")).glob("sst2.*.tsv"))) < 2:
         print(f"review is left out: there is no sst2.train.tsv and sst2.dev.tsv in $LLM_DATA or data/; source: {SST2}")
         tasks.remove("review")
+    # What is wrong in the command should be said now and not after half an hour of training.
+    if not tasks or cfg.seeds < 1 or set(cfg.tasks.split(",")) - set(TASKS):
+        raise ValueError(f"--seeds starts at 1, --tasks are some of {', '.join(TASKS)}; here no question is left")
     if "text" in tasks:  # a text that cannot be had is known now, and not in forty workers
         cfg = dataclasses.replace(cfg, data=decoder_only.load_text(cfg.data)[1])
     Path(cfg.out, "trainings").mkdir(parents=True, exist_ok=True)
@@ -668,12 +665,15 @@ def main(cfg):
         for task in tasks:
             for name in WALK if task == "text" else MODELS:
                 waiting[task, name] = threads.submit(compare_model, task, name, cfg, pool, bar)
+        for one in concurrent.futures.as_completed(waiting.values()):
+            one.result()  # raises what went wrong in a training, as soon as it does
         found = {task: {name: one.result() for (t, name), one in waiting.items() if t == task} for task in tasks}
-    except KeyboardInterrupt:
+    except BaseException as problem:  # a failed training too: the others would go on for nobody
         for worker in multiprocessing.active_children():
             worker.kill()
-        print("\ninterrupted: the trainings that are finished are kept; the same command goes on", file=sys.stderr)
-        os._exit(130)
+        stopped = isinstance(problem, KeyboardInterrupt)
+        print("\ninterrupted" if stopped else f"\nerror: {problem}", "(what is finished is kept)", file=sys.stderr)
+        os._exit(130 if stopped else 1)
     bar.close()
     # Everything is trained. Costs are measured now, in this one process, while nothing else runs.
     tables, sentences = "", {}

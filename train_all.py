@@ -17,7 +17,7 @@ Expect   nothing yet
 Asked    Why three seeds?   Why a hash of the code, and not the date of the file?   One run with two threads, or two
          runs with one each?                                                        (grep "# Q:")
 
-    python train_all.py --preset quick                 every script once, shortened: does everything work here?
+    python train_all.py --preset quick                 the scripts once, shortened: does everything work here?
     python train_all.py                                what needs no network, one seed; killed, it goes on where it was
     python train_all.py --preset real                  what needs real texts: Shakespeare, Multi30k, SST-2
     python train_all.py --only dpo,llama3:pydocs       some of them: a script, or one run of a script
@@ -73,11 +73,11 @@ RESULTS = ROOT / "results"
 #    are compared pair by pair.
 #
 # script -> {run: (arguments, seeds)}. The first run of a script, and its first seed, give the pictures. Seeds are
-# listed and not drawn, so that anybody can run the same ones. None: nothing in the run is random.
+# listed and not drawn, so that anybody can run the same ones. None: the script has no --seed.
 FIRST = (1337,)
 SEEDS = (1337, 1338, 1339)
 RUNS = {
-    # The same model on two texts. pydocs is what a reader gets who is offline: told so that he can compare.
+    # The same model on two texts. pydocs is what a reader gets who is offline.
     "decoder_only": {"shakespeare": ("--data shakespeare", SEEDS), "pydocs": ("--data pydocs", FIRST)},
     "encoder_only": {"default": ("", SEEDS)},
     # multi30k is by far the longest run. One seed; its test set of 1,000 sentences is a spread of its own.
@@ -129,15 +129,13 @@ QUICK = {
 #     Ctrl-C                 running scripts are ended; what is finished stays
 #     kill -9, power cut     the same: a run counts when done.json is there, and that is written last, by renaming
 #     the code changes       runs that the old code made are not finished any more; comments and docstrings are no code
+#                            (compare_architectures.py keeps its trainings: see scripts_hash there)
 # The same command goes on from there each time. A run that was under way begins again: the longest takes a quarter of
 # an hour, and what has no second half cannot differ from an undisturbed run.
 # Not handled: two calls at once with the same --out write into the same folders.
 @dataclasses.dataclass
 class Job:
-    """One call of one script: what is run, and where it writes.
-
-    Two jobs are the same if code and arguments are; the folder is only where to look.
-    """
+    """One call of one script: what is run, and where it writes."""
 
     script: str       # "llama3"
     run: str          # "pydocs": its name in RUNS
@@ -226,7 +224,7 @@ def run(job, threads, show):
         for line in process.stdout:  # a progress bar's carriage return ends a line too
             last = line.strip() or last
             show(f"{job.name}: {last}")
-            if "%|" not in line:
+            if not re.search(r"%\||^\d+/\d+ \[", line):
                 log.write(line)
     RUNNING.remove(process)
     if process.wait() or not (job.folder / "summary.json").is_file():
@@ -259,7 +257,7 @@ def run_all(jobs, cfg):
         list(pool.map(one, jobs))
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in RUNNING:
+        for process in list(RUNNING):
             process.kill()
         bar.close()
         print("interrupted: what is finished stays; the same command goes on from here", file=sys.stderr)
@@ -299,8 +297,8 @@ def draw_curves(summaries, path):
     # Panels and no common axes: nats per character, per token and shares of right answers are different units.
     rows = (len(shown) + 2) // 3
     figure = Figure(figsize=(13, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, squeeze=False).flat
-    for ax, (title, lines) in zip(panels, shown.items(), strict=False):
+    for i, (title, lines) in enumerate(shown.items(), 1):
+        ax = figure.add_subplot(rows, 3, i)
         for name, points in lines.items():
             ax.plot(*zip(*points, strict=True), "." if name == "validation" else "-", ms=7, label=name)
         # From 0: a curve whose axis begins at its own minimum always looks as if it had reached the ground. Dots are
@@ -310,8 +308,6 @@ def draw_curves(summaries, path):
                ylabel="share right" if share else "loss, nats")
         ax.grid(alpha=0.3)
         ax.legend()
-    for ax in list(figure.axes)[len(shown):]:
-        ax.set_axis_off()
     figure.savefig(path, dpi=90)
 
 
@@ -349,8 +345,9 @@ def main(cfg):
         raise ValueError("--jobs starts at 1, --seeds at 0 (all), and a quick pass is not for publishing")
     if cfg.which not in ("offline", "real", "all", "quick"):
         raise ValueError(f"--which {cfg.which}: offline, real, all or quick")
-    jobs = plan(cfg)
-    # Trap: noticing behind the first training that results cannot be written. Every run then "fails".
+    if not (jobs := plan(cfg)):
+        raise ValueError(f"--only {cfg.only}: no run of this pass; try --preset all")
+    # Trap: noticing only after a training that results/ cannot be written. The run then "failed".
     for folder in [Path(cfg.out)] + [RESULTS] * cfg.publish:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "probe.tmp").touch()
@@ -367,12 +364,13 @@ def main(cfg):
     if cfg.tensorboard:
         write_tensorboard(summaries, cfg.tensorboard)
     if cfg.publish:
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "publish.py"), cfg.out], check=True)
+        if subprocess.run([sys.executable, str(ROOT / "benchmarks" / "publish.py"), cfg.out]).returncode:
+            failed["--publish"] = "see the lines above"
     # What the pass as a whole took, also if it was interrupted in between: the sum over its runs.
     seconds = sum(json.loads((job.folder / "done.json").read_text())["seconds"] for job in jobs if job.finished())
-    Path(cfg.out, f"{cfg.which}.json").write_text(json.dumps(dict(runs=len(jobs) - len(failed), seconds=seconds)))
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are finished, {seconds:.0f} s of work; "
-          f"curves: {Path(cfg.out, 'curves.png')}")
+    if not cfg.only and not failed:
+        Path(cfg.out, f"{cfg.which}.json").write_text(json.dumps(dict(runs=len(jobs), seconds=seconds)))
+    print(f"{sum(job.finished() for job in jobs)} of {len(jobs)} runs are finished, {seconds:.0f} s of work: {cfg.out}")
     for name, problem in failed.items():
         print(f"failed: {name}: {problem}", file=sys.stderr)
     return failed

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
-from train_all import RUNS, Config, code_hash, plan  # noqa: E402
+from train_all import RUNS, Config, code_hash, draw_curves, plan  # noqa: E402
 
 ALSO_DRAWN = {"encoder_decoder:multi30k", "qwen3_moe:none"}
 
@@ -53,6 +53,14 @@ def publish(jobs):
         first = run == next(iter(RUNS[script]))
         for picture in group[0].folder.glob("*.png") if first or f"{script}:{run}" in ALSO_DRAWN else ():
             shutil.copy(picture, RESULTS / f"{script}{'' if first else f'_{run}'}_{picture.name}")
+
+
+def curves_picture():
+    """results/curves.png: a panel for the first run of each script that has a history."""
+    found = {script: json.loads((RESULTS / f"{script}.json").read_text(encoding="utf-8"))["runs"] for script in RUNS
+             if (RESULTS / f"{script}.json").is_file()}
+    firsts = {script: kept[run][0] for script, kept in found.items() if (run := next(iter(RUNS[script]))) in kept}
+    draw_curves(firsts, RESULTS / "curves.png")
 
 
 def publish_pass(path):
@@ -229,4 +237,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         publish(plan(Config(which="all", seeds=0, out=sys.argv[1])))
         publish_pass(Path(sys.argv[1], "quick.json"))
+        curves_picture()
     refresh_texts()

@@ -57,6 +57,8 @@ def test_plan(small):
     assert names(m.plan(cfg(which="real"))) == ["one:shakespeare seed 1"]
     assert names(m.plan(cfg(only="one:shakespeare"))) == ["one:shakespeare seed 1"]  # named: whatever the pass
     assert names(m.plan(cfg(only="two"))) == ["two:default"]
+    with pytest.raises(ValueError, match="no run of this pass"):
+        m.main(cfg(only="two", which="real"))
     (quick,) = m.plan(cfg(which="quick"))
     assert quick.name == "one:quick seed 1" and quick.arguments == ["--short", "--seed", "1"]
     with pytest.raises(ValueError, match="no 'three'; there are one, one:default"):
@@ -229,7 +231,7 @@ def test_sentences_are_filled(publish):
 
 def test_links_find_their_lines(publish):
     p, m, _ = publish
-    lines = ["class A:", "    def f(self):", "        # Q: Why", "        #    so? And how?", "        # A: x", ""]
+    lines = ["class A:", "    def f(self):", "        # Q: Why", "        #    so? And how?", "        # A: x", "        return 1", ""]
     (m.ROOT / "one.py").write_text("\n".join(lines))
     assert p.line_of("one.py", "`A.f`") == 2 and p.line_of("one.py", "Why so?") == 3
     with pytest.raises(ValueError, match="one.py has no `B`"):
