@@ -231,7 +231,7 @@ def test_sentences_are_filled(publish):
 
 def test_links_find_their_lines(publish):
     p, m, _ = publish
-    lines = ["class A:", "    def f(self):", "        # Q: Why", "        #    so? And how?", "        # A: x", "        return 1", ""]
+    lines = ["class A:", "    def f(self):", "        # Q: Why", "        #    so? And how?", "        return 1", ""]
     (m.ROOT / "one.py").write_text("\n".join(lines))
     assert p.line_of("one.py", "`A.f`") == 2 and p.line_of("one.py", "Why so?") == 3
     with pytest.raises(ValueError, match="one.py has no `B`"):
