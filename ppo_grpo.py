@@ -64,7 +64,7 @@ class Config:
     group: int = 8                    # GRPO: answers per prompt
     answers: int = 512                # GRPO: answers per update; the others, one answer per prompt, take half
     rejection_answers: int = 2560     # answers for rejection sampling, once or in 4 rounds
-    max_steps: int = 160              # rollouts of reinforce, ppo, grpo
+    max_steps: int = 200              # rollouts of reinforce, ppo, grpo
     epochs: int = 1                   # GRPO: optimizer steps per rollout
     ppo_epochs: int = 3               # PPO: the same
     lr: float = 1e-3                  # peak learning rate of the policy
