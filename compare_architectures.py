@@ -600,7 +600,7 @@ ASKED = {  # task: the question, what is reported, its format
     "names": ("Who learns soonest to write the names of numbers?", "steps until 95 % of unseen ones are right", ".0f"),
     "match": ("Who learns soonest to see that a name is wrong?", "steps until 95 % of unseen pairs are right", ".0f"),
     "review": ("Who hears whether a film was liked?", "share of SST-2's test reviews judged right", ".1%"),
-    "text": ("What does each change from GPT-2 to Qwen3 MoE bring?", "bits per byte of unseen text", ".3f")}
+    "text": ("What does each change to GPT-2 bring?", "bits per byte of unseen text", ".3f")}
 
 
 # How to read the columns:
