@@ -43,8 +43,6 @@ def publish(jobs):
             if isinstance(summary.get("history"), list):  # a row with an evaluation is enough for a curve
                 summary["history"] = [row for row in summary["history"] if "val_loss" in row]
             kept.append(summary | json.loads((job.folder / "done.json").read_text()))
-        log = (group[0].folder / "log.txt").read_text(encoding="utf-8")
-        kept[0]["printed"] = log.replace(str(group[0].folder), f"runs/{script}").replace(f"{ROOT}{os.sep}", "")
         whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": {}}
         whole["runs"][run] = kept
         whole["environment"] = dict(cores=os.cpu_count(), python=platform.python_version(), system=platform.system())
@@ -130,12 +128,10 @@ def scripts_table():
 
 
 def output_block():
-    """README: what the first command prints, shortened to the first evaluations and the end."""
-    lines = json.loads((RESULTS / "decoder_only.json").read_text())["runs"]["shakespeare"][0]["printed"].splitlines()
-    looks = [i for i, line in enumerate(lines) if line.startswith("step")]
-    shown = [lines[0], *(line for i in (0, 1, len(looks) // 2) for line in lines[looks[i]:looks[i] + 2]),
-             lines[looks[-1]]]
-    return "\n".join(["```", "$ python decoder_only.py", *(line[:110] for line in shown), "...", "```"])
+    """README: what the first command prints, shortened: evaluations, and the first lines of the text at the end."""
+    run = json.loads((RESULTS / "decoder_only.json").read_text(encoding="utf-8"))["runs"]["shakespeare"][0]
+    looks = [f"step {row['step']:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}" for row in run["history"]]
+    return "\n".join(["```", "$ python decoder_only.py", *looks[::2], "", *run["sample"].splitlines()[:7], "...", "```"])
 
 
 def runs_table():
