@@ -20,7 +20,7 @@ Symbols  B batch   S source time   T target time   C n_embd   H heads   D head s
 New here cross-attention, relative position buckets, RMSNorm, gated feed-forward, label smoothing, span corruption,
          decoding in batches of sources with padding, BLEU. The training loop is decoder_only.py's, pasted unchanged.
 Not here sampling (decoder_only.py), Adafactor, the 2017 paper's sinusoids, mixtures of tasks
-Expect   99.9 % of unseen numbers written out exactly right. --preset multi30k, 15 min: BLEU 37 greedy, 39 with 4 beams
+Expect   100.0 % of unseen numbers written out exactly right. --preset multi30k, 15 min: BLEU 37 greedy, 39 with 4 beams
 Asked    What does cross-attention cache?   Does T5 really leave out the 1/sqrt(D)?   Why buckets?   Encoder-decoder or
          decoder-only?   What does label smoothing buy?   What is span corruption?   What does BLEU count? (grep "# Q:")
 

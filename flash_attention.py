@@ -19,8 +19,8 @@ Symbols  B batch   T queries   S keys   C n_embd   H query heads   K key/value h
 New here softmax three ways, tiled attention forward and backward, the same as Triton kernels
 Not here dropout on attention weights, ALiBi, FP8, FlashAttention-3; writing text (decoder_only.py, kv_cache.py)
 Expect   PyTorch's own kernel is the fastest on a CPU. Forward + backward of 8,192 tokens, two heads: tiles take 0.29 of
-         naive's time (PyTorch 0.18) and 32 MB (naive: 1,714); at 2,048 0.43 (0.25). A training at 1,024 ends at a
-         loss of 2.3793 either way. Triton kernels on an H200: forward 1.2 to 1.4 x PyTorch's FlashAttention-2, backward
+         naive's time (PyTorch 0.18) and 32 MB (naive: 1,714); at 2,048 0.43 (0.25). A training at 1,024 ends at a loss
+         of 2.3793 either way. Triton kernels on an H200: forward 1.20 to 1.36 x PyTorch's FlashAttention-2, backward
          0.87 to 1.16 x
 Asked    Why can the maximum change afterwards?   What does causality save?   What does the backward pass keep?
          Why is it faster, if it computes more?   Is it an approximation?   When is it no help?

@@ -20,9 +20,9 @@ Symbols  B batch (answers)   R rows   T time   S past + new   C n_embd   H heads
 New here rollout, answer_mask, gae, whiten, group_advantages, policy_loss with its five variants, a reward of your own,
          rejection sampling as the control
 Not here reward models, several turns, DAPO's resampling and length penalty, truncated importance sampling, replay
-Expect   right names, sampled / greedy, mean of 5 seeds, and answers judged: imitation 5 / 0 %; one round of rejection
-         sampling 84 / 86 % from 2,560 in 4 s; four rounds 93 / 94 % from 2,560 in 15 s; REINFORCE 96 / 97 % from 40,960
-         in 15 s; PPO 98 / 98 % from 40,960 in 32 s; GRPO 97 / 97 % from 81,920 in 30 s
+Expect   right names, sampled / greedy, mean of 5 seeds, and answers judged: imitation 4 % / 0 %; one round of rejection
+         sampling 83 % / 85 % from 2,560; four rounds 94 % / 95 % from 2,560; REINFORCE 95 % / 96 % from 51,200; PPO 98
+         % / 98 % from 51,200; GRPO 97 % / 98 % from 102,400
 Asked    Why can imitation not do it?   The ratio is always 1: is the code dead?   What does the critic buy?   Why
          divide by the group's standard deviation?   Which mean over tokens?   Why a KL to the reference?   When is
          rejection sampling enough?

@@ -13,8 +13,8 @@ Picture  encoder          4 [MASK] 2 1 5 [SEP] forty thousand ...  ->  0        
          decoder          4 0 2 1 5 =                              ->  forty thousand ...  goes on, word by word
          encoder-decoder  4 0 2 1 5                (read first)    ->  forty thousand ...  then writes, looking back
 Not here how they work: encoder_only.py, decoder_only.py, encoder_decoder.py; a fair race: compare_architectures.py
-Expect   of 500 numbers that no model was trained on, decoder and encoder-decoder write nearly all exactly right, the
-         encoder most; with --effort 0.2 all three err, in ways worth looking at
+Expect   names of unseen numbers exactly right after so short a training: encoder 96 %, decoder 100 %, encoder-decoder
+         100 %
 Asked    What is a model, to begin with?   What does "loss" say?   Why ask about numbers that it was not trained on?
          Which of the three is ChatGPT?                                                     (grep "# Q:")
 

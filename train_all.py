@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-RUN EVERYTHING, KEEP WHAT CAME OUT               python train_all.py                - min on two CPU cores
+RUN EVERYTHING, KEEP WHAT CAME OUT               python train_all.py                25 min on two CPU cores
 
 Idea     A number in a README is true on the day it is typed. Here none is typed: every script is run as a reader would
          run it, what it reached goes into results/<script>.json, and headers, README and docs quote those files.

@@ -131,7 +131,8 @@ def output_block():
     """README: what the first command prints, shortened: evaluations, and the first lines of the text at the end."""
     run = json.loads((RESULTS / "decoder_only.json").read_text(encoding="utf-8"))["runs"]["shakespeare"][0]
     looks = [f"step {row['step']:5d}: train {row['loss']:.4f}   val {row['val_loss']:.4f}" for row in run["history"]]
-    return "\n".join(["```", "$ python decoder_only.py", *looks[::2], "", *run["sample"].splitlines()[:7], "...", "```"])
+    sample = run["sample"].splitlines()[:7]
+    return "\n".join(["```", "$ python decoder_only.py", *looks[::2], "", *sample, "...", "```"])
 
 
 def runs_table():
