@@ -13,7 +13,7 @@ Picture  RUNS -> jobs - what is finished -> run them, N at a time -> runs/train_
                                                                           |                     |
                                                                      curves.png     --publish: results/, headers, docs
 Not here other libraries (benchmarks/peers.py), equal sizes for all architectures (compare_architectures.py)
-Expect   nothing yet
+Expect   a line per finished run, and curves.png. --preset quick: 14 runs
 Asked    Why three seeds?   Why a hash of the code, and not the date of the file?   One run with two threads, or two
          runs with one each?                                                        (grep "# Q:")
 
