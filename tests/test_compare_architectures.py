@@ -18,7 +18,9 @@ def few(m, monkeypatch):
     all_numbers = m.toy_numbers
     monkeypatch.setattr(m, "toy_numbers", lambda: (all_numbers()[0][:2000], *all_numbers()[1:]))
     m.prepare.cache_clear()
-    return all_numbers
+    threads = torch.get_num_threads()
+    yield all_numbers
+    torch.set_num_threads(threads)  # costs() takes two; whatever is tested next in this process should not
 
 
 def made(m, task, name):
