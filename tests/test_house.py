@@ -37,7 +37,7 @@ RUNS = {"toy_dataset": ("", ["summary.json", "masks.png"]),  # arguments for sec
         "encoder_only": (TINY, MODEL), "encoder_decoder": (TINY, [*MODEL, "attention.png"]),
         "kv_cache": (f"{TEXT} --contexts=", MODEL[:1]), "lora_qlora": ("--base-steps 3 --max-steps 3", MODEL[::2]),
         "flash_attention": (f"{TEXT} --lengths 64", [*MODEL[::2], "lengths.png"]),
-        "dpo": (f"{TOY} --pairs 20", MODEL[::2]), "ppo_grpo": (f"{TOY} --right-share 0.9 --methods rejection,grpo", MODEL[::2]),
+        "dpo": (f"{TOY} --pairs 20", MODEL[::2]), "ppo_grpo": (f"{TOY} --right-share 0.9 --methods grpo", MODEL[::2]),
         "visualizations": ("--only rope", ["rope.png", "summary.json"]),
         "train_all": ("--only toy_dataset", [*map("toy_dataset/default/1337/{}".format, (
             "done.json", "log.txt", "masks.png", "summary.json"))])}
