@@ -377,6 +377,8 @@ def scenario(m, tmp_path, fixed):
     """Every shape comment of the script, in short runs."""
     fixed.update(C=24, D=8, H=3, F=40)
     m.own_pairs = lambda model, cfg, count, *_: [([3, 2], [20, 1], [21, 22, 1])] * count
-    for loss in ("dpo", "cdpo", "ipo", "simpo"):
-        m.main(config(m, vocab_size=0, out=str(tmp_path), loss=loss))
+    m.main(config(m, vocab_size=0, out=str(tmp_path), loss="dpo"))
+    for loss in ("cdpo", "ipo", "simpo"):
+        model, ids, zeros = m.SmallLlama(config(m, loss=loss)), torch.randint(3, 40, (4, 2, 6)), torch.zeros(4)
+        m.preference_loss(model, ids, ids, zeros, zeros)
     m.rollout(m.SmallLlama(config(m)), [[3, 2]], 6, m.EOS, 0.0)
