@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-PPO AND GRPO IN ONE FILE                         python ppo_grpo.py                 2 min on two CPU cores
+PPO AND GRPO IN ONE FILE                         python ppo_grpo.py                 150 s on two CPU cores
 
 Paper    Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347; Shao et al. 2024, DeepSeekMath
          (GRPO), arXiv 2402.03300; Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783; Yu et al. 2025 (DAPO), arXiv

@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              2 min on two CPU cores
+THREE ARCHITECTURES IN A FEW MINUTES             python quick_start.py              75 s on two CPU cores
 
 Idea     Train the three classic architectures, one after the other, on a language so small that you can check every
          answer: numbers and their English names. Ask each what it has learned, and see where they differ.

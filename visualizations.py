@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 # From "language models, one file each". Copy what you need; keep these two lines.
 """
-THE IDEAS AS PICTURES                            python visualizations.py           2 min on two CPU cores
+THE IDEAS AS PICTURES                            python visualizations.py           85 s on two CPU cores
 
 Idea     A picture of an idea should show the thing itself. Each of these calls the functions of the script that it is
          about, or looks into a model that was trained for it. The sentence above it is computed from its numbers.
