@@ -149,14 +149,15 @@ def runs_table():
             # {"before": 0.2, "after": 0.9}: the means of each part. What is nested deeper is in the JSON alone.
             for key, found in got.items():
                 if isinstance(found[0], dict) and all(isinstance(v, (int, float)) for v in found[0].values()):
-                    means = [f"{part} {sum(one[part] for one in found) / len(found):.3g}" for part in found[0]]
-                    plain.append(f"{key}: {', '.join(means)};")
+                    means = {part: sum(one[part] for one in found) / len(found) for part in found[0]}
+                    plain.append(f"{key}: " + ", ".join(
+                        f"{part} {mean:,.0f}" if mean >= 1000 else f"{part} {mean:.3g}" for part, mean in means.items()))
             loss = cell([one["val_loss"] for one in seeds], ".3f") if "val_loss" in seeds[0] else ""
             # (A comparison that went on where it was counts its last call only.)
             seconds = [one["seconds"] for one in seeds if "seconds" in one and script != "compare_architectures"]
             age = "" if seeds[0].get("code") == code_hash(script) else "yes"
             rows.append([f"{script}: {name}", f"`{' '.join(seeds[0]['arguments'])}`", len(seeds),
-                         f"{sum(seconds) / len(seconds):.0f}" if seconds else "", loss, ", ".join(plain), age])
+                         f"{sum(seconds) / len(seconds):.0f}" if seconds else "", loss, "; ".join(plain), age])
     return table(["run", "arguments of the first seed", "seeds", "s", "validation loss", "results",
                   "older than the code"], rows)
 
