@@ -150,8 +150,9 @@ def runs_table():
             for key, found in got.items():
                 if isinstance(found[0], dict) and all(isinstance(v, (int, float)) for v in found[0].values()):
                     means = {part: sum(one[part] for one in found) / len(found) for part in found[0]}
-                    plain.append(f"{key}: " + ", ".join(
-                        f"{part} {mean:,.0f}" if mean >= 1000 else f"{part} {mean:.3g}" for part, mean in means.items()))
+                    parts = (
+                        f"{part} {mean:,.0f}" if mean >= 1000 else f"{part} {mean:.3g}" for part, mean in means.items())
+                    plain.append(f"{key}: {', '.join(parts)}")
             loss = cell([one["val_loss"] for one in seeds], ".3f") if "val_loss" in seeds[0] else ""
             # (A comparison that went on where it was counts its last call only.)
             seconds = [one["seconds"] for one in seeds if "seconds" in one and script != "compare_architectures"]
